@@ -1,0 +1,1 @@
+"""Allocators: how a budget is shared out. One file per method."""

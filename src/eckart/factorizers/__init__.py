@@ -1,0 +1,1 @@
+"""Factorizers: in which metric a weight is decomposed. One file per method."""

@@ -1,0 +1,60 @@
+"""The contract of a factorizer.
+
+Most methods differ only in their metric and override `metric`; a method of another kind overrides
+`decompose`. Nothing here sees a model: weights and statistics in, a decomposition out.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from eckart.errors import NumericalError
+from eckart.linalg import Decomposition, Metric
+from eckart.statistics import GroupStatistics, Need
+from eckart.types import Factors, Group, Spectrum
+
+Tensor = torch.Tensor
+
+
+class GroupDecomposition:
+    """The decomposition of a group's stacked weight: a spectrum, and factors at any rank."""
+
+    def __init__(self, group: Group, decomposition: Decomposition) -> None:
+        self.group = group
+        self.decomposition = decomposition
+        self.spectrum = Spectrum(group, decomposition.values.cpu())
+
+    def truncate(self, rank: int) -> Factors:
+        """Factors of the best replacement of rank `rank`, 1 <= rank <= full rank."""
+        basis, coefficients = self.decomposition.truncate(rank)
+        return Factors(basis, coefficients.split([t.out_features for t in self.group.targets]))
+
+
+@dataclass(frozen=True)
+class Factorizer(ABC):
+    """Decomposes weights. The fields of the dataclass are the method's options."""
+
+    needs: ClassVar[tuple[Need, ...]] = ()
+
+    @abstractmethod
+    def metric(self, weight: Tensor, statistics: GroupStatistics) -> Metric:
+        """The metric for one group; `weight` is `[out, in]`, stacked."""
+
+    def decompose(
+        self, group: Group, weights: Sequence[Tensor], statistics: GroupStatistics
+    ) -> GroupDecomposition:
+        """Decompose the weights `[out_i, in]` of a group, once.
+
+        Raises `NumericalError` naming the group when the result is not finite.
+        """
+        weight = weights[0] if len(weights) == 1 else torch.cat(list(weights))
+        try:
+            decomposition = Decomposition(weight, self.metric(weight, statistics))
+        except torch.linalg.LinAlgError as error:
+            raise NumericalError(f"{group.name}: eigendecomposition failed: {error}") from None
+        if not torch.isfinite(decomposition.values).all():
+            raise NumericalError(f"{group.name}: NaN or infinity in its spectrum.")
+        return GroupDecomposition(group, decomposition)

@@ -1,0 +1,93 @@
+"""What the sweep can collect about a target, and the sums that hold it."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+
+from eckart.linalg import DAMPING, Metric, Side
+
+Tensor = torch.Tensor
+
+
+class Need(StrEnum):
+    """A statistic that a factorizer or refiner may declare; the sweep collects the union, no more."""
+
+    SMALLER_GRAM = "smaller_gram"  # the input Gram, or the output Gram where that is smaller
+    INPUT_GRAM = "input_gram"  # sum of x x^T over tokens, [in, in]
+    INPUT_ABSMEAN = "input_absmean"  # mean of |x| over tokens, [in]
+    WEIGHT_FISHER = "weight_fisher"  # squared loss gradients of the weight, summed per input and per output
+
+
+class Gram:
+    """`sum x x^T` over tokens, uncentred, `[k, k]`: products in float32, sums in float64.
+
+    One chunk of at most a few thousand tokens is one matrix product; the chunks are added in
+    float64, so that half a million tokens lose no digit (see `tests/test_statistics.py`).
+    """
+
+    def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
+        self.matrix = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self.tokens = 0
+        self._sides: dict[float, Side] = {}
+
+    def add_(self, x: Tensor) -> None:
+        """Add the tokens of `x`, `[..., k]`."""
+        x = x.reshape(-1, x.shape[-1])
+        x = x if x.dtype == torch.float64 else x.float()
+        self.matrix += x.T @ x
+        self.tokens += x.shape[0]
+
+    def side(self, damping: float = DAMPING) -> Side:
+        """This Gram as a side of a metric. Made once, so that layers with one input share its root."""
+        if damping not in self._sides:
+            self._sides[damping] = Side(gram=self.matrix, damping=damping)
+        return self._sides[damping]
+
+
+@dataclass
+class Statistics:
+    """What was collected for one target; fields that nobody asked for are `None`.
+
+    `output_gram` is of `W x` without the bias. `input_energy` is `sum |x|^2 / in`, the mean of the
+    diagonal of the input Gram, which damping needs when the input Gram itself was not collected.
+    `fisher_rows` `[out]` and `fisher_columns` `[in]` are sums of `(dloss/dW_ij)^2` over windows and
+    over the other index (empirical Fisher information: the labels are the text's own tokens).
+    """
+
+    tokens: int = 0
+    input_gram: Gram | None = None
+    output_gram: Gram | None = None
+    input_energy: float = 0.0
+    input_absmean: Tensor | None = None
+    fisher_rows: Tensor | None = None
+    fisher_columns: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class GroupStatistics:
+    """The statistics of the members of a group, in the group's order."""
+
+    members: tuple[Statistics, ...] = field(default_factory=tuple)
+
+    def input_side(self, damping: float) -> Side | None:
+        """The summed input Gram of the members as a side of a metric, or None if it was not collected."""
+        grams = [member.input_gram for member in self.members]
+        if any(gram is None for gram in grams):
+            return None
+        if len(grams) == 1:
+            assert grams[0] is not None
+            return grams[0].side(damping)
+        total = torch.stack([gram.matrix for gram in grams if gram is not None]).sum(0)
+        return Side(gram=total, damping=damping)
+
+    def input_metric(self, weight: Tensor, damping: float) -> Metric:
+        """The SVD-LLM metric: errors weighed by the input Gram, whichever side it was collected on."""
+        right = self.input_side(damping)
+        if right is not None:
+            return Metric(right=right)
+        (member,) = self.members
+        assert member.output_gram is not None
+        weight = weight.double()
+        damp = damping * (member.input_energy if member.input_energy > 0 else 1.0)
+        return Metric(right=None, outer=member.output_gram.matrix + damp * (weight @ weight.T))

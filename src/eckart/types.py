@@ -1,0 +1,147 @@
+"""The nouns that travel between the stages: plain frozen data, importing torch only.
+
+Axis words in shapes: `out`, `in`, `rank`, `tokens`, `batch`, `seq`. A weight is `[out, in]`, as in
+`nn.Linear`: `y = W x + b`.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear layer chosen for compression.
+
+    `name` is its dotted path in the model, `kind` its path inside its block (`self_attn.q_proj`),
+    `block` the index of the decoder block that holds it.
+    """
+
+    name: str
+    block: int
+    kind: str
+    out_features: int
+    in_features: int
+    has_bias: bool
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the weight, `out * in`; a bias is never compressed and never counted."""
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A parameter that stays as it is, and why, in words."""
+
+    name: str
+    parameters: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Targets that are factorised together and share one basis; most groups have one member.
+
+    The weights of a group are stacked along `out`; all members have the same `in`.
+    """
+
+    targets: tuple[Target, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the first member, which owns the basis."""
+        return self.targets[0].name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(target.name for target in self.targets)
+
+    @property
+    def kind(self) -> str:
+        return self.targets[0].kind
+
+    @property
+    def in_features(self) -> int:
+        return self.targets[0].in_features
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the stacked weight."""
+        return sum(target.out_features for target in self.targets)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the dense weights."""
+        return self.out_features * self.in_features
+
+    @property
+    def full_rank(self) -> int:
+        return min(self.out_features, self.in_features)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a plan says of one group: its members, its rank (`None`: stay dense), its storage."""
+
+    targets: tuple[str, ...]
+    rank: int | None
+    storage: str = "pair"
+
+    @property
+    def name(self) -> str:
+        return self.targets[0]
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What an allocator sees of a group: its singular values in the metric of its factorizer.
+
+    `values` is `[full_rank]`, float64 on the CPU, falling. Cutting at rank r makes the error
+    `sqrt(sum_{i>r} values_i^2)` in that metric (Eckart and Young 1936).
+    """
+
+    group: Group
+    values: Tensor
+
+    def error(self, rank: int) -> float:
+        """Truncation error at `rank`, in the unit of the metric."""
+        return float(self.values[rank:].square().sum().sqrt())
+
+    @property
+    def energy(self) -> float:
+        """Sum of all squared singular values."""
+        return float(self.values.square().sum())
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A cut decomposition: `coefficients[i] @ basis` approximates the weight of member i.
+
+    `basis` is `[rank, in]`; `coefficients[i]` is `[out_i, rank]`.
+    """
+
+    basis: Tensor
+    coefficients: tuple[Tensor, ...]
+
+    @property
+    def rank(self) -> int:
+        return self.basis.shape[0]
+
+    def product(self) -> Tensor:
+        """The stacked approximation, `[sum of out_i, in]`."""
+        return torch.cat(self.coefficients) @ self.basis
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much may be kept: the share `keep` of the parameters of the targets.
+
+    `rank_multiple` is the step of ranks that the hardware likes; 1 means any rank.
+    """
+
+    keep: float
+    rank_multiple: int = 1
+    of: str = field(default="targets", init=False)
