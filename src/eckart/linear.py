@@ -5,6 +5,7 @@ Checkpoints are read through this file too, so its parameter names are part of t
 `<layer>.coefficients.bias` `[out]`.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def weight_view(module: nn.Module) -> Tensor:
     """The weight as `[out, in]`, sharing memory with the module's own, detached."""
     if isinstance(module, FactorizedLinear):
         raise TypeError("a FactorizedLinear has no dense weight to view; read .weight for its product")
-    weight: Tensor = module.weight.detach()  # type: ignore[union-attr,operator,assignment]
+    weight: Tensor = module.weight.detach()  # type: ignore[operator]
     return weight.T if _is_transposed(module) else weight
 
 
@@ -68,23 +69,35 @@ class FactorizedLinear(nn.Module):
     def bias(self) -> Tensor | None:
         return self.coefficients.bias
 
+    def spec(self) -> dict[str, Any]:
+        """This layer's entry in a checkpoint's configuration; `empty_like` builds a layer from it."""
+        return {"storage": "pair", "rank": self.rank}
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
-def empty_like(module: nn.Module, spec: dict[str, Any]) -> FactorizedLinear:
-    """A factorised layer in the place of `module`, same device, dtype and mode, weights not yet set.
+def empty_like(module: nn.Module, spec: Mapping[str, Any]) -> FactorizedLinear:
+    """A factorised layer in the place of the dense `module`, same device, dtype and mode, weights not yet set.
 
-    `spec` is the layer's entry in a checkpoint's configuration: `{"storage": "pair", "rank": r}`.
+    `spec` is the layer's entry in a checkpoint's configuration: `{"storage": "pair", "rank": r}`. This is
+    the only place that knows how each storage is built. Raises `ValueError` for a storage or rank that
+    cannot be.
     """
-    if spec.get("storage") != "pair":
-        raise ValueError(f"storage {spec.get('storage')!r} is not known to this version of eckart")
+    out_features, in_features = weight_view(module).shape
+    storage, rank, full = spec.get("storage"), spec.get("rank"), min(out_features, in_features)
+    if storage != "pair":
+        raise ValueError(f"storage is {storage!r}, which this eckart does not know; install a newer one.")
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= full:
+        raise ValueError(
+            f"rank is {rank!r}, but it must be a whole number in [1, {full}], the full rank of "
+            f"{out_features} x {in_features}."
+        )
     weight: Tensor = module.weight  # type: ignore[assignment]
-    rows, columns = weight.shape
-    out_features, in_features = (columns, rows) if _is_transposed(module) else (rows, columns)
-    new = FactorizedLinear(
-        in_features, out_features, spec["rank"], module.bias is not None, weight.device, weight.dtype
-    )
+    # By way of meta: building on the device would draw random weights, in time and from the caller's generator.
+    new = FactorizedLinear(in_features, out_features, rank, module.bias is not None, "meta", weight.dtype)
+    if not weight.is_meta:
+        new.to_empty(device=weight.device)
     new.requires_grad_(weight.requires_grad)
     return new.train(module.training)
 
@@ -102,10 +115,17 @@ def swap_(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
 def factorize_(model: nn.Module, name: str, basis: Tensor, coefficients: Tensor) -> FactorizedLinear:
     """Replace the linear layer `name` by its factors, keeping bias, device, dtype and mode.
 
-    `basis` is `[rank, in]`, `coefficients` `[out, rank]`.
+    `basis` is `[rank, in]`, `coefficients` `[out, rank]`. Raises `ValueError` for any other shape.
     """
     old = model.get_submodule(name)
-    new = empty_like(old, {"storage": "pair", "rank": basis.shape[0]})
+    out_features, in_features = weight_view(old).shape
+    rank = basis.shape[0]
+    if basis.shape != (rank, in_features) or coefficients.shape != (out_features, rank):
+        raise ValueError(
+            f"{name}: basis is {list(basis.shape)} and coefficients {list(coefficients.shape)}, but a weight "
+            f"[{out_features}, {in_features}] needs [rank, {in_features}] and [{out_features}, rank]."
+        )
+    new = empty_like(old, {"storage": "pair", "rank": rank})
     new.basis.weight.copy_(basis)
     new.coefficients.weight.copy_(coefficients)
     if old.bias is not None:
@@ -114,7 +134,9 @@ def factorize_(model: nn.Module, name: str, basis: Tensor, coefficients: Tensor)
     return new
 
 
-@torch.no_grad()
 def share_basis_(owner: FactorizedLinear, user: FactorizedLinear) -> None:
-    """Make `user` read the very tensor of `owner`'s basis."""
-    user.basis.weight = owner.basis.weight
+    """Make `user` read the very tensor of `owner`'s basis. Raises `ValueError` if their shapes differ."""
+    mine, theirs = user.basis.weight, owner.basis.weight
+    if mine.shape != theirs.shape:
+        raise ValueError(f"a basis {list(theirs.shape)} cannot serve a layer that needs {list(mine.shape)}.")
+    user.basis.weight = theirs
