@@ -1,3 +1,89 @@
-"""Make Hugging Face language models smaller by low-rank factorisation."""
+"""Make Hugging Face language models smaller by low-rank factorisation.
+
+    import eckart
+
+    made = eckart.compress("model-folder", recipe="svd-llm", keep=0.8, out="smaller")
+    model = eckart.load("smaller")
+    print(eckart.evaluate("smaller", against="model-folder"))
+
+Names are loaded when they are first used: importing the package imports neither transformers nor
+datasets and touches no GPU. No module is named like a public function, which its import would hide.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from eckart.checkpoint import load, save
+    from eckart.data import load_windows
+    from eckart.discovery import Layout, discover
+    from eckart.errors import EckartError, NumericalError, UserError
+    from eckart.inspection import inspect, methods
+    from eckart.ledger import Ledger
+    from eckart.linear import FactorizedLinear
+    from eckart.measure import evaluate, perplexity
+    from eckart.pipeline import Calibration, Compression, compress, plan
+    from eckart.plans import Plan
+    from eckart.recipes import Recipe
+    from eckart.types import Budget
+
+_HOME = {
+    "Budget": "types",
+    "Calibration": "pipeline",
+    "Compression": "pipeline",
+    "EckartError": "errors",
+    "FactorizedLinear": "linear",
+    "Layout": "discovery",
+    "Ledger": "ledger",
+    "NumericalError": "errors",
+    "Plan": "plans",
+    "Recipe": "recipes",
+    "UserError": "errors",
+    "compress": "pipeline",
+    "discover": "discovery",
+    "evaluate": "measure",
+    "inspect": "inspection",
+    "load": "checkpoint",
+    "load_windows": "data",
+    "methods": "inspection",
+    "perplexity": "measure",
+    "plan": "pipeline",
+    "save": "checkpoint",
+}
+
+__all__ = [
+    "Budget",
+    "Calibration",
+    "Compression",
+    "EckartError",
+    "FactorizedLinear",
+    "Layout",
+    "Ledger",
+    "NumericalError",
+    "Plan",
+    "Recipe",
+    "UserError",
+    "__version__",
+    "compress",
+    "discover",
+    "evaluate",
+    "inspect",
+    "load",
+    "load_windows",
+    "methods",
+    "perplexity",
+    "plan",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'eckart' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"eckart.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -5,7 +5,7 @@ captured from one real run of the model's own code and never rebuilt, so no mode
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,57 +65,56 @@ class Stream:
 
 def split_batches(windows: Tensor, batch_tokens: int) -> tuple[Tensor, ...]:
     """Cut `[windows, length]` token ids into batches of about `batch_tokens` tokens."""
-    return windows.split(max(1, batch_tokens // windows.shape[1]))
+    return torch.split(windows, max(1, batch_tokens // windows.shape[1]))
 
 
 @torch.no_grad()
-def open_stream(
-    model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Tensor]
-) -> Stream:
+def open_stream(model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Tensor]) -> Stream:
     """Run the model up to its first block on every batch and capture every block's call.
 
     Only the embeddings really run, and block 0 once, to see whether a block returns a tuple.
     """
-    hidden, calls, seen = [], [], _Interned()
-    returns_tuple = False
-    for number, batch in enumerate(batches):
-        captured: list[Call] = []
-        entered: list[Tensor] = []
-
-        def fake(index: int, real: Callable[..., Any]) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                nonlocal returns_tuple
-                state = kwargs[HIDDEN] if HIDDEN in kwargs else args[0]
-                if index == 0:
-                    entered.append(state)
-                    if number == 0:
-                        returns_tuple = isinstance(real(*args, **kwargs), tuple)
-                rest = args if HIDDEN in kwargs else args[1:]
-                kwargs = {**kwargs, HIDDEN: None} if HIDDEN in kwargs else kwargs
-                captured.append(Call(seen.share(rest), seen.share(kwargs)))
-                if index == len(blocks) - 1:
-                    raise _Stop
-                return (state,) if returns_tuple else state
-
-            return forward
-
-        with _forwards_replaced(blocks, fake):
-            try:
-                model(input_ids=batch, use_cache=False)
-            except _Stop:
-                pass
-        if len(captured) != len(blocks):
+    stream = Stream(tuple(batches), [], [], returns_tuple=False)
+    seen = _Interned()
+    for batch in batches:
+        capture = _Capture(stream, seen, last=len(blocks) - 1)
+        with _forwards_replaced(blocks, capture.fake), suppress(_Stop):
+            model(input_ids=batch, use_cache=False)
+        if len(capture.calls) != len(blocks):
             raise ModelError(
-                f"{type(model).__name__}: called {len(captured)} of its {len(blocks)} blocks in one run; "
+                f"{type(model).__name__}: called {len(capture.calls)} of its {len(blocks)} blocks in one run; "
                 "eckart needs every block to run once, in order."
             )
-        hidden.append(entered[0])
-        calls.append(captured)
-    return Stream(tuple(batches), hidden, calls, returns_tuple)
+        stream.calls.append(capture.calls)
+    return stream
 
 
-def run_tail(model: nn.Module, blocks: nn.ModuleList, stream: Stream, index: int, **kwargs: Any) -> Any:
-    """Run what follows the last block on batch `index`: final norm, head, and the loss for `labels`.
+class _Capture:
+    """Stands in for the blocks during one batch's run: keeps each call and passes the hidden states on."""
+
+    def __init__(self, stream: Stream, seen: "_Interned", last: int) -> None:
+        self.stream, self.seen, self.last = stream, seen, last
+        self.calls: list[Call] = []
+
+    def fake(self, index: int, real: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            by_name = HIDDEN in kwargs
+            state = kwargs[HIDDEN] if by_name else args[0]
+            if index == 0:
+                if not self.stream.hidden:
+                    self.stream.returns_tuple = isinstance(real(*args, **kwargs), tuple)
+                self.stream.hidden.append(state)
+            args, kwargs = (args, {**kwargs, HIDDEN: None}) if by_name else (args[1:], kwargs)
+            self.calls.append(Call(self.seen.share(args), self.seen.share(kwargs)))
+            if index == self.last:
+                raise _Stop
+            return (state,) if self.stream.returns_tuple else state
+
+        return forward
+
+
+def run_tail(model: nn.Module, blocks: nn.ModuleList, stream: Stream, index: int) -> Any:
+    """Run what follows the last block on batch `index`: final norm and head.
 
     The stream must have passed every block; none of them runs again. Gradients flow to
     `stream.hidden[index]` if it asks for them.
@@ -131,7 +130,7 @@ def run_tail(model: nn.Module, blocks: nn.ModuleList, stream: Stream, index: int
 
     assert stream.position == len(blocks)
     with _forwards_replaced(blocks, fake):
-        return model(input_ids=stream.batches[index], use_cache=False, **kwargs)
+        return model(input_ids=stream.batches[index], use_cache=False)
 
 
 @contextmanager
@@ -140,7 +139,7 @@ def _forwards_replaced(
 ) -> Iterator[None]:
     try:
         for index, block in enumerate(blocks):
-            block.forward = fake(index, type(block).forward.__get__(block))  # type: ignore[method-assign]
+            block.forward = fake(index, type(block).forward.__get__(block))
         yield
     finally:
         for block in blocks:

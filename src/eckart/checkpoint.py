@@ -124,7 +124,7 @@ def load_tokenizer(model: str | Path) -> "PreTrainedTokenizerBase":
     source = pretrained.locate(str(model))
     with pretrained.quiet(), pretrained.unreadable(source, ModelError, "no tokenizer can be read from it"):
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
-            str(source), trust_remote_code=False
+            str(source), local_files_only=pretrained.offline(source), trust_remote_code=False
         )
     return tokenizer
 
@@ -137,7 +137,9 @@ def skeleton(model: str) -> "PreTrainedModel":
 
     source = pretrained.locate(model)
     with pretrained.quiet(), pretrained.unreadable(source, ModelError, "no model can be read from it"):
-        config = transformers.AutoConfig.from_pretrained(str(source), trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(
+            str(source), local_files_only=pretrained.offline(source), trust_remote_code=False
+        )
         with torch.device("meta"):
             built: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         quantization = getattr(config, "quantization_config", None)

@@ -46,13 +46,9 @@ def check_reachable(groups: Sequence[Group], keep: float, rank_multiple: int = 1
     """Raise `BudgetError` unless `0 < keep <= 1` and every group can have its smallest rank."""
     if not 0 < keep <= 1:
         raise BudgetError(
-            f"keep is {keep:g}, but it is the share of parameters kept and must lie in (0, 1]; "
-            "0.8 keeps 80 %."
+            f"keep is {keep:g}, but it is the share of parameters kept and must lie in (0, 1]; 0.8 keeps 80 %."
         )
-    smallest = sum(
-        min(parameters(group, min(rank_multiple, group.full_rank)), group.parameters)
-        for group in groups
-    )
+    smallest = sum(min(parameters(group, min(rank_multiple, group.full_rank)), group.parameters) for group in groups)
     total = sum(group.parameters for group in groups)
     if smallest > allowed_parameters(groups, keep):
         raise BudgetError(
@@ -86,9 +82,7 @@ class Ledger:
         return {**asdict(self), "keep": self.keep, "keep_model": self.keep_model}
 
 
-def make_ledger(
-    groups: Iterable[Group], entries: Iterable[Entry], model_parameters: int, bytes_each: int
-) -> Ledger:
+def make_ledger(groups: Iterable[Group], entries: Iterable[Entry], model_parameters: int, bytes_each: int) -> Ledger:
     """Add up a plan. `model_parameters` counts every distinct parameter of the dense model once.
 
     `bytes_each` is the size of one parameter of the model's dtype.

@@ -34,9 +34,7 @@ class Side:
     directions that calibration never visited keep a small weight instead of none.
     """
 
-    def __init__(
-        self, *, gram: Tensor | None = None, diagonal: Tensor | None = None, damping: float = DAMPING
-    ) -> None:
+    def __init__(self, *, gram: Tensor | None = None, diagonal: Tensor | None = None, damping: float = DAMPING) -> None:
         self.gram = None if gram is None else damped(gram.double(), damping)
         self.diagonal = None if diagonal is None else _damped_diagonal(diagonal.double(), damping)
 

@@ -1,6 +1,7 @@
 """Read models through transformers: silently, completely or not at all, and with errors of one line."""
 
 import json
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportErro
 def locate(model: str) -> str | Path:
     """A folder that holds a model, or a hub id as it is. Asks no network."""
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    if model and folder.is_dir():
         if not (folder / CONFIG).is_file():
             raise ModelError(f"{model}: has no {CONFIG}, so it is not the folder of a model.")
         return folder
@@ -32,6 +33,25 @@ def locate(model: str) -> str | Path:
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or not model:
         raise ModelError(f"{model!r}: no such folder.")
     return model
+
+
+def offline(source: str | Path) -> bool:
+    """True for a folder, and for a hub id when the hub does not answer: its cache is asked alone then.
+
+    Otherwise transformers would try again and again, for half a minute a file.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(source, Path):
+        return True
+    try:
+        HfApi().model_info(source, timeout=10)
+    except HfHubHTTPError:
+        return False  # it answered; why it refuses is said when the files are asked for
+    except Exception:  # whatever the network library raises, which changes with the releases of the hub
+        return True
+    return False
 
 
 def read(
@@ -54,7 +74,7 @@ def read(
             str(source),
             dtype=dtype or "auto",
             device_map=None if device is None else str(device),
-            local_files_only=isinstance(source, Path),
+            local_files_only=offline(source),
             trust_remote_code=False,
             # Otherwise transformers raises an error that does not say which tensor it is.
             ignore_mismatched_sizes=True,
@@ -109,24 +129,26 @@ def unreadable(source: str | Path, kind: type[UserError], what: str) -> Iterator
         yield
     except UNREADABLE as error:
         where = "" if isinstance(source, Path) else "no such folder, and not on the hub or not reachable: "
-        reason = " ".join(str(error).split())
-        raise kind(f"{source}: {where}{what}: {reason[:300]}") from None
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
+        raise kind(f"{source}: {where}{what}: {reason}") from None
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and no log lines from transformers meanwhile; afterwards all is as before."""
+    """No progress bars and no log lines from transformers and the hub meanwhile; afterwards all is as before."""
     from huggingface_hub import utils as hub
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    hub_bars = not hub.are_progress_bars_disabled()  # type: ignore[attr-defined]
+    level, hub_level = logging.get_verbosity(), hub.logging.get_verbosity()  # type: ignore[attr-defined]
+    bars, hub_bars = logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()  # type: ignore[attr-defined]
     logging.set_verbosity_error()
+    hub.logging.set_verbosity_error()  # type: ignore[attr-defined]
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        hub.logging.set_verbosity(hub_level)  # type: ignore[attr-defined]
         if bars:
             logging.enable_progress_bar()
         (hub.enable_progress_bars if hub_bars else hub.disable_progress_bars)()  # type: ignore[attr-defined]

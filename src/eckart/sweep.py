@@ -10,9 +10,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from eckart.blocks import Call, Stream, open_stream, run_tail, split_batches
-from eckart.discover import Layout
+from eckart.discovery import Layout
 from eckart.errors import NumericalError
 from eckart.progress import Progress, silent, track
 from eckart.statistics import Gram, Need, Statistics
@@ -135,7 +136,7 @@ def _collect_input(
             before = statistics.input_absmean
             statistics.input_absmean = absolute if before is None else before + absolute
         if statistics.output_gram is not None:
-            bias = block.get_submodule(target.kind).bias
+            bias: Tensor | None = block.get_submodule(target.kind).bias  # type: ignore[assignment]
             statistics.output_gram.add_(y if bias is None else y - bias)
 
 
@@ -188,21 +189,20 @@ def _finish(target: Target, statistics: Statistics, needs: frozenset[Need]) -> N
         )
 
 
-def _loss_gradients(
-    model: nn.Module, blocks: nn.ModuleList, stream: Stream, progress: Progress
-) -> list[Tensor]:
+def _loss_gradients(model: nn.Module, blocks: nn.ModuleList, stream: Stream, progress: Progress) -> list[Tensor]:
     """Gradient of each window's mean next-token loss at the output of the last block, per batch.
 
-    The labels are the windows themselves: the model shifts them, so they must not be shifted here
-    (a second shift is the published bug of `relatives.md` 3.6). The loss is a mean over the batch, so
-    it is scaled back to one mean per window.
+    The one label shift is here: position t predicts token t + 1. (Passing shifted `labels` to a model
+    that shifts them itself is the published bug of predicting the token after the next.)
     """
     gradients = []
     for index in track(range(len(stream.batches)), "loss", len(stream.batches), progress):
         stream.hidden[index] = stream.hidden[index].detach().requires_grad_()
         with torch.enable_grad():
-            loss = run_tail(model, blocks, stream, index, labels=stream.batches[index]).loss
-            (gradient,) = torch.autograd.grad(loss * len(stream.batches[index]), stream.hidden[index])
+            logits = run_tail(model, blocks, stream, index).logits[:, :-1]
+            labels = stream.batches[index][:, 1:]
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum") / labels.shape[1]
+            (gradient,) = torch.autograd.grad(loss, stream.hidden[index])
         stream.hidden[index] = stream.hidden[index].detach()
         gradients.append(gradient)
     return gradients
@@ -225,7 +225,12 @@ def _backward_block(
             wanted = [entrance, *(y for _, _, y in seen)]
             gradients[index], *at_outputs = torch.autograd.grad(output, wanted, gradients[index])
         for (target, x, _), gradient in zip(seen, at_outputs, strict=True):
-            _add_weight_fisher(result[target.name], x.detach(), gradient)
+            per_window = (len(entrance), -1)  # some models flatten windows and tokens before their MLP
+            _add_weight_fisher(
+                result[target.name],
+                x.detach().reshape(*per_window, x.shape[-1]),
+                gradient.reshape(*per_window, gradient.shape[-1]),
+            )
     for target in targets:
         rows = result[target.name].fisher_rows
         if rows is None or not torch.isfinite(rows).all():

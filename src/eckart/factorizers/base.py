@@ -30,7 +30,7 @@ class GroupDecomposition:
     def truncate(self, rank: int) -> Factors:
         """Factors of the best replacement of rank `rank`, 1 <= rank <= full rank."""
         basis, coefficients = self.decomposition.truncate(rank)
-        return Factors(basis, coefficients.split([t.out_features for t in self.group.targets]))
+        return Factors(basis, torch.split(coefficients, [t.out_features for t in self.group.targets]))
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,7 @@ class Factorizer(ABC):
     def metric(self, weight: Tensor, statistics: GroupStatistics) -> Metric:
         """The metric for one group; `weight` is `[out, in]`, stacked."""
 
-    def decompose(
-        self, group: Group, weights: Sequence[Tensor], statistics: GroupStatistics
-    ) -> GroupDecomposition:
+    def decompose(self, group: Group, weights: Sequence[Tensor], statistics: GroupStatistics) -> GroupDecomposition:
         """Decompose the weights `[out_i, in]` of a group, once.
 
         Raises `NumericalError` naming the group when the result is not finite.
@@ -53,7 +51,7 @@ class Factorizer(ABC):
         weight = weights[0] if len(weights) == 1 else torch.cat(list(weights))
         try:
             decomposition = Decomposition(weight, self.metric(weight, statistics))
-        except torch.linalg.LinAlgError as error:
+        except RuntimeError as error:  # torch's LinAlgError is one
             raise NumericalError(f"{group.name}: eigendecomposition failed: {error}") from None
         if not torch.isfinite(decomposition.values).all():
             raise NumericalError(f"{group.name}: NaN or infinity in its spectrum.")

@@ -101,4 +101,6 @@ def _coerce(what: str, value: Any, hint: Any) -> Any:
                 return tuple(value.split(",")) if kind is tuple and isinstance(value, str) else kind(value)
         except (TypeError, ValueError):
             continue
-    raise OptionError(f"{what} is {value!r}, but must be {' or '.join(getattr(k, '__name__', str(k)) for k in allowed)}.")
+    raise OptionError(
+        f"{what} is {value!r}, but must be {' or '.join(getattr(k, '__name__', str(k)) for k in allowed)}."
+    )

@@ -1,0 +1,5 @@
+"""`python -m eckart`."""
+
+from eckart._cli import main
+
+main()

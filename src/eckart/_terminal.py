@@ -1,0 +1,112 @@
+"""What a person sees: progress bars and tables, on standard error and standard output."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from eckart.discovery import Layout, skipped_by_reason
+from eckart.ledger import Ledger
+from eckart.progress import Progress, silent
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress_bars(quiet: bool) -> Iterator[Progress]:
+    """One bar for each stage, with steps done and time left; nothing at all when piped or quiet."""
+    if quiet or not sys.stderr.isatty():
+        yield silent
+        return
+    columns = (
+        TextColumn("{task.description:<16}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=err) as bars:
+        current: dict[str, TaskID] = {}
+
+        def listen(stage: str, done: int, total: int) -> None:
+            if stage not in current or done == 0:
+                current[stage] = bars.add_task(stage, total=total)
+            bars.update(current[stage], completed=done)
+
+        yield listen
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table; every column but the first is aligned to the right."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*(str(cell) for cell in row))
+    out.print(made)
+    out.print()
+
+
+def show_layout(layout: Layout) -> None:
+    """Targets by block and kind with shapes and shares; what is left alone, why, and its share."""
+    total = layout.parameters
+    kinds: dict[tuple[str, int, int], list[int]] = {}
+    for target in layout.targets:
+        kinds.setdefault((target.kind, target.out_features, target.in_features), []).append(target.block)
+    rows = [
+        (kind, f"{rows} x {columns}", blocks_text(blocks), f"{len(blocks) * rows * columns:,}",
+         share_text(len(blocks) * rows * columns, total))
+        for (kind, rows, columns), blocks in kinds.items()
+    ]  # fmt: skip
+    rows.append(("all targets", "", "", f"{layout.target_parameters:,}", share_text(layout.target_parameters, total)))
+    table(f"Targets in {layout.blocks}", ("kind", "out x in", "blocks", "parameters", "of the model"), rows)
+    left = [(reason, f"{n:,}", share_text(n, total)) for reason, n in skipped_by_reason(layout).items()]
+    table("Left as it is", ("reason", "parameters", "of the model"), left)
+
+
+def show_ledger(ledger: Ledger) -> None:
+    """Parameters and bytes before and after, of the targets and of the whole model."""
+    rows = [
+        ("targets, parameters", f"{ledger.target_parameters_dense:,}", f"{ledger.target_parameters_kept:,}",
+         f"{ledger.keep:.2%}"),
+        ("model, parameters", f"{ledger.model_parameters_dense:,}", f"{ledger.model_parameters_kept:,}",
+         f"{ledger.keep_model:.2%}"),
+        ("model, MB", f"{ledger.model_bytes_dense / 1e6:,.1f}", f"{ledger.model_bytes_kept / 1e6:,.1f}",
+         f"{ledger.model_bytes_kept / ledger.model_bytes_dense:.2%}"),
+    ]  # fmt: skip
+    table("Ledger", ("", "dense", "compressed", "kept"), rows)
+
+
+def show_results(result: dict[str, Any]) -> None:
+    """Perplexity on every corpus, dense beside compressed, with the protocol under it."""
+    rows = []
+    for row in result["results"]:
+        dense = row.get("dense_perplexity")
+        cells = (f"{dense:.2f}", f"{row['perplexity'] / dense:.3f}") if dense else ("-", "-")
+        rows.append(
+            (row["data"], f"{row['windows']} x {row['protocol']['length']}", f"{row['perplexity']:.2f}", *cells)
+        )
+    table("Perplexity", ("corpus", "windows", "compressed", "dense", "ratio"), rows)
+    first = result["results"][0]["protocol"]
+    out.print(
+        f"Protocol: windows of {first['length']} tokens, stride {first['stride']}, joined by {first['join']!r}, "
+        f"BOS {first['bos']}, mean over {first['mean']}s, dtype {first['dtype']}, {first['device']}."
+    )
+
+
+def blocks_text(blocks: Sequence[int]) -> str:
+    """`0-29` for a run without gaps, else a count."""
+    gapless = list(blocks) == list(range(blocks[0], blocks[-1] + 1))
+    if len(blocks) == 1:
+        return str(blocks[0])
+    return f"{blocks[0]}-{blocks[-1]}" if gapless else f"{len(blocks)} of {blocks[0]}-{blocks[-1]}"
+
+
+def share_text(part: int, total: int) -> str:
+    return f"{part / total:.1%}"

@@ -1,0 +1,125 @@
+"""Contract checks that every factorizer and allocator must pass; yours too.
+
+    from eckart.checks import check_factorizer
+    check_factorizer(MyFactorizer())
+
+Each check raises `AssertionError` with the property that failed. All in float64, on matrices made
+from a fixed seed, against oracles that do not use the method's own code.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from eckart import ledger
+from eckart.allocators.base import Allocator
+from eckart.errors import BudgetError
+from eckart.factorizers.base import Factorizer
+from eckart.statistics import Gram, GroupStatistics, Statistics
+from eckart.types import Budget, Entry, Group, Spectrum, Target
+
+Tensor = torch.Tensor
+
+SHAPES = ((12, 20), (20, 12), (16, 16), (1, 9))
+TOKENS = (64, 5)  # more and fewer than features
+
+
+def check_factorizer(factorizer: Factorizer) -> None:
+    """Full rank gives the weight back, errors fall with rank and equal the tail of the spectrum."""
+    for out_features, in_features in SHAPES:
+        for tokens in TOKENS:
+            group, weight, statistics = problem(out_features, in_features, tokens)
+            made = factorizer.decompose(group, [weight], statistics)
+            _check_spectrum(made.spectrum)
+            full = made.truncate(group.full_rank)
+            assert full.basis.shape == (group.full_rank, in_features), "basis is not [rank, in]"
+            assert full.coefficients[0].shape == (out_features, group.full_rank), "coefficients are not [out, rank]"
+            assert _close(full.product(), weight, 1e-7), f"full rank of {out_features}x{in_features} loses the weight"
+            ranks = [torch.linalg.matrix_rank(made.truncate(r).product()) for r in range(1, group.full_rank)]
+            assert ranks == list(range(1, group.full_rank)), "a cut at rank r does not have rank r"
+
+
+def check_allocator(allocator: Allocator) -> None:
+    """Never over budget, every rank possible, one entry for each spectrum, impossible budgets refused."""
+    spectra = problems_spectra()
+    groups = [spectrum.group for spectrum in spectra]
+    for keep in (0.4, 0.5, 0.77, 0.8, 0.95, 1.0):
+        for multiple in (1, 4):
+            entries = allocator.allocate(spectra, Budget(keep, multiple))
+            check_entries(groups, entries, keep, multiple)
+    same = allocator.allocate(spectra, Budget(0.6))
+    assert same == allocator.allocate(spectra, Budget(0.6)), "the same question has two answers"
+    for impossible in (0.0, -0.5, 1.2, 1e-6):
+        try:
+            allocator.allocate(spectra, Budget(impossible))
+        except BudgetError:
+            continue
+        raise AssertionError(f"keep {impossible} was not refused with BudgetError")
+
+
+def check_entries(groups: Sequence[Group], entries: Sequence[Entry], keep: float, multiple: int) -> None:
+    """What holds for the entries of every plan."""
+    assert [e.targets for e in entries] == [g.names for g in groups], "entries do not match the spectra"
+    spent = sum(ledger.parameters(g, e.rank, e.storage) for g, e in zip(groups, entries, strict=True))
+    allowed = ledger.allowed_parameters(groups, keep)
+    assert spent <= allowed, f"{spent} parameters spent of {allowed}"
+    for group, entry in zip(groups, entries, strict=True):
+        if entry.rank is not None:
+            assert 1 <= entry.rank <= group.full_rank, f"rank {entry.rank} of {group.full_rank}"
+            assert entry.rank % multiple == 0 or entry.rank < multiple or entry.rank == group.full_rank, "rank multiple"
+
+
+def problem(out_features: int, in_features: int, tokens: int, seed: int = 0) -> tuple[Group, Tensor, GroupStatistics]:
+    """A random float64 weight with strongly uneven inputs, and every statistic the sweep can collect."""
+    generator = torch.Generator().manual_seed(seed + 1000 * out_features + in_features)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    weight = normal(out_features, in_features)
+    x = normal(tokens, in_features) @ normal(in_features, in_features) * torch.logspace(0, -2, in_features).double()
+    gradient = normal(tokens, out_features) * torch.logspace(-1, 0, out_features).double()
+    fisher = (gradient.T @ x).square()
+    statistics = Statistics(
+        tokens=tokens,
+        input_gram=gram_of(x),
+        output_gram=gram_of(x @ weight.T),
+        input_energy=float(x.square().sum() / in_features),
+        input_absmean=x.abs().mean(0),
+        fisher_rows=fisher.sum(1),
+        fisher_columns=fisher.sum(0),
+    )
+    group = Group((Target("blocks.0.linear", 0, "linear", out_features, in_features, False),))
+    return group, weight, GroupStatistics((statistics,))
+
+
+def gram_of(x: Tensor) -> Gram:
+    """The Gram of `x` `[tokens, k]`."""
+    gram = Gram(x.shape[-1])
+    gram.add_(x)
+    return gram
+
+
+def problems_spectra() -> list[Spectrum]:
+    """Spectra of a small model: four blocks of three kinds, with unlike shapes and decays."""
+    spectra = []
+    generator = torch.Generator().manual_seed(0)
+    for block in range(4):
+        for kind, rows, columns in (("attn.q", 24, 24), ("attn.k", 8, 24), ("mlp.up", 48, 24)):
+            group = Group((Target(f"blocks.{block}.{kind}", block, kind, rows, columns, False),))
+            steps = torch.rand(group.full_rank, generator=generator, dtype=torch.float64) * (0.1 + 0.2 * block)
+            spectra.append(Spectrum(group, torch.exp(-steps.cumsum(0)) * (1 + block)))
+    return spectra
+
+
+def _check_spectrum(spectrum: Spectrum) -> None:
+    values = spectrum.values
+    assert values.shape == (spectrum.group.full_rank,), "one singular value for each rank"
+    assert values.dtype == torch.float64, "spectra are float64"
+    assert values.device.type == "cpu", "spectra are on the CPU"
+    assert bool((values >= 0).all()), "singular values are not negative"
+    assert bool((values[:-1] >= values[1:]).all()), "singular values fall"
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    return float((a - b).norm()) <= tolerance * float(b.norm())

@@ -1,0 +1,19 @@
+"""Which dtype a model is stored in and which it computes in."""
+
+import torch
+
+from eckart.errors import OptionError
+
+NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def named(dtype: str) -> torch.dtype | None:
+    """The torch dtype of a name; None for "auto". Raises `OptionError` for an unknown one."""
+    if dtype != "auto" and dtype not in NAMES:
+        raise OptionError(f"dtype is {dtype!r}, but must be auto, {', '.join(NAMES)}.")
+    return NAMES.get(dtype)
+
+
+def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """Half precision is computed in float32 on a CPU, where it is many times slower."""
+    return torch.float32 if device.type == "cpu" and stored.itemsize < 4 else stored

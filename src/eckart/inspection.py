@@ -1,0 +1,28 @@
+"""What would be compressed, and with what: `inspect` a model, list the `methods`."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from eckart import checkpoint, recipes, registry
+from eckart.discovery import Layout, discover
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def inspect(model: "str | PreTrainedModel", *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Layout:
+    """Targets by block and kind, and everything skipped with its reason.
+
+    `model` is a hub id, a folder, or a model in memory. Of a name only the configuration is read: the
+    model is built without memory for its weights. Raises `ModelError` when there is nothing to compress.
+    """
+    return discover(checkpoint.skeleton(model) if isinstance(model, str) else model, include, exclude)
+
+
+def methods() -> dict[str, dict[str, Any]]:
+    """Recipes with their parts, and every factorizer and allocator with its options and defaults."""
+    known: dict[str, dict[str, Any]] = {
+        kind: {name: registry.options(kind, name) for name in registry.names(kind)} for kind in registry.KINDS
+    }
+    known["recipes"] = {name: {"about": r.about, **r.to_dict()} for name, r in recipes.BUILT_IN.items()}
+    return known

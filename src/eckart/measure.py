@@ -1,0 +1,172 @@
+"""Perplexity with its whole protocol stated, dense beside compressed.
+
+The protocol of the field (GPTQ, SVD-LLM, Basis Sharing): the test text joined and tokenised once,
+non-overlapping windows of 2048 tokens, the tail dropped, `length - 1` predictions in each window,
+`exp` of the mean negative log-likelihood over all predicted tokens. `mean="window"` is D-Rank's: the
+tail is kept as a shorter window and the mean is taken over the windows' means.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import exp
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch.nn import functional as F
+
+from eckart import checkpoint, data, dtypes
+from eckart.errors import NumericalError, OptionError
+from eckart.progress import Progress, silent, track
+from eckart.provenance import versions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Tensor = torch.Tensor
+Mean = Literal["token", "window"]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """`value = exp(nll)`; `nll` in nats per token; `tokens` predicted tokens over `windows` windows."""
+
+    value: float
+    nll: float
+    tokens: int
+    windows: int
+
+
+def perplexity(
+    model: torch.nn.Module,
+    windows: Sequence[Tensor],
+    *,
+    mean: Mean = "token",
+    progress: Progress = silent,
+    stage: str = "measure",
+) -> Perplexity:
+    """Perplexity of a causal language model on windows of token ids, each `[length]`.
+
+    Raises `NumericalError` when a window's loss is not finite (published evaluators skip such
+    windows silently).
+    """
+    sums, counts = [], []
+    for number, window in enumerate(track(windows, stage, len(windows), progress)):
+        nll = window_nll(model, window)
+        if not torch.isfinite(nll):
+            raise NumericalError(f"the loss of window {number} is {nll.item()}; evaluate in float32.")
+        sums.append(nll)
+        counts.append(len(window) - 1)
+    totals, tokens = torch.stack(sums), torch.tensor(counts, dtype=torch.float64)
+    nll_mean = float(totals.sum() / tokens.sum() if mean == "token" else (totals / tokens).mean())
+    return Perplexity(exp(nll_mean), nll_mean, int(tokens.sum()), len(windows))
+
+
+@torch.inference_mode()
+def window_nll(model: torch.nn.Module, window: Tensor) -> Tensor:
+    """Summed negative log-likelihood of tokens 1.. of one window, float64 scalar on the CPU."""
+    ids = window.to(next(model.parameters()).device)[None]
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+    total = torch.zeros((), dtype=torch.float64)
+    for rows, labels in zip(torch.split(logits, 512), torch.split(ids[0, 1:], 512), strict=True):
+        total += F.cross_entropy(rows.float(), labels, reduction="sum").double().cpu()
+    return total
+
+
+def evaluate(
+    model: "str | Path | PreTrainedModel",
+    *,
+    against: "str | Path | PreTrainedModel | None" = None,
+    data_specs: Sequence[str] = ("wikitext2",),
+    windows: int | None = None,
+    length: int = 2048,
+    seed: int | None = None,
+    join: str = "\n\n",
+    bos: str = "start",
+    mean: Mean = "token",
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    device: str = "cpu",
+    dtype: str = "auto",
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Measure a model, and the dense one beside it, on every corpus with one protocol.
+
+    `windows` None means the whole text. Returns plain data: `results[i]` holds the corpus,
+    `perplexity`, `dense_perplexity` (with `against`), and the protocol with the hash of the token
+    ids. Raises `OptionError` when the two models' tokenizers disagree.
+    """
+    if mean not in ("token", "window"):
+        raise OptionError(f"mean is {mean!r}, but must be 'token' or 'window'.")
+    tokenizer = tokenizer or checkpoint.load_tokenizer(_path(model))
+    corpora = [
+        data.load_windows(
+            spec, tokenizer, windows=windows, length=length, seed=seed, purpose="evaluation", join=join, bos=bos
+        )
+        for spec in data_specs
+    ]
+    measured = [_measure(model, corpora, mean, device, dtype, progress, "measure")]
+    if against is not None:
+        measured.append(_measure(against, corpora, mean, device, dtype, progress, "measure dense"))
+    protocol = {"mean": mean, "stride": length, "dtype": dtype, "device": device}
+    results = []
+    for number, (spec, corpus) in enumerate(zip(data_specs, corpora, strict=True)):
+        row = {"data": spec, **_figures(measured[0][number])}
+        if against is not None:
+            row |= {f"dense_{key}": value for key, value in _figures(measured[1][number]).items()}
+        results.append({**row, "protocol": {**protocol, **corpus.recipe.to_dict()}})
+    return {
+        "format": "eckart-eval",
+        "version": 1,
+        "model": _label(model),
+        "against": None if against is None else _label(against),
+        "results": results,
+        "versions": versions(),
+    }
+
+
+def _measure(
+    model: "str | Path | PreTrainedModel",
+    corpora: Sequence[data.Windows],
+    mean: Mean,
+    device: str,
+    dtype: str,
+    progress: Progress,
+    stage: str,
+) -> list[Perplexity]:
+    """Load the model if it is a name, measure every corpus, and let it go."""
+    if isinstance(model, str | Path):
+        loaded = checkpoint.load_model(str(model), device=device)
+        loaded.to(dtypes.named(dtype) or dtypes.compute_dtype(loaded.dtype, loaded.device))
+    else:
+        loaded = model
+    loaded.eval()
+    results = []
+    for corpus in corpora:
+        data.check_length(corpus, loaded)
+        pieces = list(corpus.ids)
+        if mean == "window" and len(corpus.tail) > 1:
+            pieces.append(corpus.tail)
+        results.append(perplexity(loaded, pieces, mean=mean, progress=progress, stage=stage))
+    return results
+
+
+def _figures(result: Perplexity) -> dict[str, float]:
+    return {"perplexity": result.value, "nll": result.nll, "tokens": result.tokens, "windows": result.windows}
+
+
+def _path(model: "str | Path | PreTrainedModel") -> str:
+    if isinstance(model, str | Path):
+        return str(model)
+    raise OptionError("a model in memory comes without its tokenizer; pass tokenizer=...")
+
+
+def _label(model: "str | Path | PreTrainedModel") -> str:
+    return str(model) if isinstance(model, str | Path) else type(model).__name__
+
+
+def compare_row(row: Mapping[str, Any]) -> str:
+    """One line for a person: corpus, dense and compressed perplexity, their ratio."""
+    text = f"{row['data']}: perplexity {row['perplexity']:.2f}"
+    if "dense_perplexity" in row:
+        text += f", dense {row['dense_perplexity']:.2f} (x{row['perplexity'] / row['dense_perplexity']:.2f})"
+    return text

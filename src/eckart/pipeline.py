@@ -1,0 +1,284 @@
+"""The pipeline, readable as one page: discover, sweep, decompose, allocate, truncate, swap, save."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from eckart import checkpoint, data, dtypes, files, ledger, recipes
+from eckart.discovery import Layout, check_finite, discover
+from eckart.errors import OptionError
+from eckart.factorizers.base import Factorizer, GroupDecomposition
+from eckart.ledger import Ledger
+from eckart.linear import factorize_, share_basis_, weight_view
+from eckart.plans import Plan, resolve
+from eckart.progress import Progress, silent, track
+from eckart.provenance import make_provenance
+from eckart.recipes import Recipe
+from eckart.statistics import GroupStatistics, Statistics
+from eckart.sweep import sweep
+from eckart.types import Budget, Entry, Group
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which text is calibrated on, and how it becomes windows of tokens (`eckart.data`).
+
+    The defaults are those of the papers: 256 windows of 2048 tokens of WikiText-2.
+    """
+
+    data: str = "wikitext2"
+    windows: int = 256
+    length: int = 2048
+    seed: int | None = None
+    join: str = "\n\n"
+    bos: str = "start"
+
+
+@dataclass
+class Compression:
+    """What a run made. `seconds` holds the wall time of each stage; it is not saved with the model."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    layout: Layout
+    plan: Plan
+    ledger: Ledger
+    provenance: dict[str, Any]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the checkpoint; raises `OutputError` and leaves nothing behind if it cannot."""
+        checkpoint.save(self.model, folder, tokenizer=self.tokenizer, plan=self.plan, provenance=self.provenance)
+
+
+def compress(
+    model: "str | PreTrainedModel",
+    *,
+    recipe: str | Recipe = "svd-llm",
+    keep: float = 0.8,
+    rank_multiple: int = 1,
+    options: Mapping[str, Any] | None = None,
+    plan: Plan | str | Path | None = None,
+    calibration: Calibration | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    out: str | Path | None = None,
+    device: str = "cpu",
+    dtype: str = "auto",
+    progress: Progress = silent,
+) -> Compression:
+    """Compress a model and, if `out` is given, save it there.
+
+    `model` is a hub id, a folder, or a model in memory, which is then changed in place. `keep` is the
+    share of the targets' parameters that stays, in (0, 1]. `plan` replays a saved plan instead of
+    allocating. `options` overrides recipe options (`{"factorizer.damping": 1e-4}`). `dtype` is the
+    stored one ("auto": the checkpoint's own); half precision is computed in float32 on a CPU.
+
+    Raises `UserError` for anything the caller can mend, `NumericalError` for NaN while computing.
+    """
+    run = _Run(model, recipe, options, calibration, tokenizer, include, exclude, device, dtype, progress)
+    if out is not None:
+        files.check_new_folder(Path(out))
+    made = run.make_plan(keep, rank_multiple) if plan is None else run.take_plan(plan)
+    if out is not None:
+        files.check_space(Path(out), run.ledger(made).model_bytes_kept)
+    run.carry_out(made)
+    result = run.result(made)
+    if out is not None:
+        with run.timed("save"):
+            result.save(out)
+    return result
+
+
+def plan(
+    model: "str | PreTrainedModel",
+    *,
+    recipe: str | Recipe = "svd-llm",
+    keep: float = 0.8,
+    rank_multiple: int = 1,
+    options: Mapping[str, Any] | None = None,
+    calibration: Calibration | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    device: str = "cpu",
+    dtype: str = "auto",
+    progress: Progress = silent,
+) -> Plan:
+    """The plan that `compress` with the same arguments would carry out; no weight is touched."""
+    run = _Run(model, recipe, options, calibration, tokenizer, include, exclude, device, dtype, progress)
+    return run.make_plan(keep, rank_multiple)
+
+
+class _Run:
+    """One run of the pipeline: what its stages hand to each other."""
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel",
+        recipe: str | Recipe,
+        options: Mapping[str, Any] | None,
+        calibration: Calibration | None,
+        tokenizer: "PreTrainedTokenizerBase | None",
+        include: Sequence[str],
+        exclude: Sequence[str],
+        device: str,
+        dtype: str,
+        progress: Progress,
+    ) -> None:
+        self.seconds: dict[str, float] = {}
+        self.progress = progress
+        self.recipe = recipe if isinstance(recipe, Recipe) else recipes.find(recipe, options)
+        self.factorizer = self.recipe.make_factorizer()
+        self.calibration = calibration or Calibration()
+        self.source = model if isinstance(model, str) else None
+        with self.timed("load"):
+            if isinstance(model, str):
+                self.model = checkpoint.load_model(model, device=device)
+                self.tokenizer = tokenizer or checkpoint.load_tokenizer(model)
+            else:
+                self.model = model
+                if tokenizer is None:
+                    raise OptionError("a model in memory comes without its tokenizer; pass tokenizer=...")
+                self.tokenizer = tokenizer
+            self.stored_dtype = dtypes.named(dtype) or self.model.dtype
+            self.model.to(dtypes.compute_dtype(self.stored_dtype, self.model.device))
+            self.model.eval()
+        self.layout = discover(self.model, include, exclude)
+        check_finite(self.model, self.layout.targets)
+        self.windows: data.Windows | None = None
+        self.decompositions: dict[str, GroupDecomposition] = {}
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    def make_plan(self, keep: float, rank_multiple: int) -> Plan:
+        """Decompose everything, then let the allocator share out the budget."""
+        groups = [Group((target,)) for target in self.layout.targets]
+        ledger.check_reachable(groups, keep, rank_multiple)
+        self._decompose(groups)
+        spectra = [self.decompositions[group.name].spectrum for group in groups]
+        with self.timed("allocate"):
+            entries = self.recipe.make_allocator().allocate(spectra, Budget(keep, rank_multiple))
+        made = Plan(tuple(entries), {"keep": keep, "rank_multiple": rank_multiple}, {}, self.recipe.to_dict())
+        reached = self.ledger(made)
+        ledger.assert_within(reached, keep)
+        return Plan(made.entries, made.asked, reached.to_dict(), made.made_by)
+
+    def take_plan(self, plan: Plan | str | Path) -> Plan:
+        """Check a saved plan against the model and decompose what it factorises."""
+        given = plan if isinstance(plan, Plan) else Plan.load(plan)
+        groups, entries = resolve(given, self.layout.targets)
+        self._decompose([g for g, e in zip(groups, entries, strict=True) if e.rank is not None])
+        return Plan(tuple(entries), given.asked, self.ledger(given).to_dict(), given.made_by)
+
+    def ledger(self, plan: Plan) -> Ledger:
+        groups, entries = resolve(plan, self.layout.targets)
+        return ledger.make_ledger(groups, entries, self.layout.parameters, self.stored_dtype.itemsize)
+
+    def _decompose(self, groups: Sequence[Group]) -> None:
+        if self.factorizer.needs and groups:
+            with self.timed("data"):
+                self.windows = data.load_windows(
+                    self.calibration.data,
+                    self.tokenizer,
+                    windows=self.calibration.windows,
+                    length=self.calibration.length,
+                    seed=self.calibration.seed,
+                    join=self.calibration.join,
+                    bos=self.calibration.bos,
+                    model=self.model,
+                )
+                data.check_length(self.windows, self.model)
+        ids = None if self.windows is None else self.windows.ids.to(self.model.device)
+        with self.timed("calibrate and decompose"):
+            self.decompositions = decompose(
+                self.model, self.layout, groups, self.factorizer, ids, progress=self.progress
+            )
+
+    def carry_out(self, plan: Plan) -> None:
+        """Cut every decomposition at its rank and put the factors in the model, in place."""
+        from eckart import hf  # imports transformers
+
+        groups, entries = resolve(plan, self.layout.targets)
+        with self.timed("factorise"):
+            work = list(zip(groups, entries, strict=True))
+            for group, entry in track(work, "factorise", len(work), self.progress):
+                if entry.rank is not None:
+                    factorize_group_(self.model, group, entry, self.decompositions.pop(group.name))
+            self.model.to(self.stored_dtype)
+            hf.attach_(self.model, hf.specs_of(self.model))
+
+    def result(self, plan: Plan) -> Compression:
+        provenance = make_provenance(
+            source=self.source,
+            model=self.model,
+            recipe=self.recipe.to_dict(),
+            calibration=None if self.windows is None else self.windows.recipe.to_dict(),
+            ledger=self.ledger(plan).to_dict(),
+        )
+        return Compression(self.model, self.tokenizer, self.layout, plan, self.ledger(plan), provenance, self.seconds)
+
+
+def decompose(
+    model: nn.Module,
+    layout: Layout,
+    groups: Sequence[Group],
+    factorizer: Factorizer,
+    windows: Tensor | None,
+    *,
+    progress: Progress = silent,
+) -> dict[str, GroupDecomposition]:
+    """Decompose every group once; `{group name: decomposition}`.
+
+    `windows` is `[windows, length]` token ids, or None for a factorizer without needs. A group is
+    decomposed as soon as the sweep has passed all its members, and statistics that no other group
+    waits for are dropped at once, so that the Grams of one block are in memory, not of all.
+    """
+    done: dict[str, GroupDecomposition] = {}
+    if not factorizer.needs or not groups:
+        for group in track(groups, "decompose", len(groups), progress):
+            weights = [weight_view(model.get_submodule(name)) for name in group.names]
+            done[group.name] = factorizer.decompose(group, weights, GroupStatistics())
+        return done
+    assert windows is not None
+    statistics: dict[str, Statistics] = {}
+    waiting = list(groups)
+    for per_block in sweep(model, layout, windows, factorizer.needs, progress=progress):
+        statistics.update(per_block)
+        ready = [group for group in waiting if all(name in statistics for name in group.names)]
+        for group in ready:
+            weights = [weight_view(model.get_submodule(name)) for name in group.names]
+            members = GroupStatistics(tuple(statistics[name] for name in group.names))
+            done[group.name] = factorizer.decompose(group, weights, members)
+        waiting = [group for group in waiting if group.name not in done]
+        needed = {name for group in waiting for name in group.names}
+        statistics = {name: value for name, value in statistics.items() if name in needed}
+    return done
+
+
+def factorize_group_(model: nn.Module, group: Group, entry: Entry, decomposition: GroupDecomposition) -> None:
+    """Replace the members of a group by their factors at the entry's rank; they share the basis."""
+    assert entry.rank is not None
+    factors = decomposition.truncate(entry.rank)
+    made = [
+        factorize_(model, name, factors.basis, coefficients)
+        for name, coefficients in zip(group.names, factors.coefficients, strict=True)
+    ]
+    for other in made[1:]:
+        share_basis_(made[0], other)

@@ -1,0 +1,61 @@
+"""Every factorizer and allocator under the same checks, found by scanning the folders."""
+
+import pytest
+
+from eckart import registry
+from eckart.checks import check_allocator, check_factorizer
+from eckart.errors import OptionError
+from eckart.recipes import BUILT_IN, find
+
+
+@pytest.mark.parametrize("name", registry.names("factorizers"))
+def test_factorizer(name):
+    check_factorizer(registry.make("factorizers", name))
+
+
+@pytest.mark.parametrize("name", registry.names("allocators"))
+def test_allocator(name):
+    check_allocator(registry.make("allocators", name))
+
+
+def test_the_scan_finds_the_methods():
+    assert {"svd", "fwsvd", "asvd", "svd_llm"} <= set(registry.names("factorizers"))
+    assert "uniform" in registry.names("allocators")
+
+
+@pytest.mark.parametrize("name", sorted(BUILT_IN))
+def test_every_recipe_builds_and_describes_itself(name):
+    described = find(name).to_dict()
+    assert described["name"] == name
+    assert described["factorizer"]["name"] in registry.names("factorizers")
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "text"),
+    [
+        ("svdllm", {}, "unknown recipe 'svdllm'; did you mean 'svd-llm'?"),
+        ("svd-llm", {"factorizer.dampin": 1}, "did you mean 'damping'? Known: damping."),
+        ("svd-llm", {"factorizer.damping": "lots"}, "svd_llm.damping is 'lots', but must be float."),
+        ("svd-llm", {"metric.damping": 1}, "unknown part of a recipe 'metric'"),
+        ("svd-llm", {"allocator": "unifrom"}, "unknown allocator 'unifrom'; did you mean 'uniform'?"),
+        ("fwsvd", {"factorizer.side": "inptu"}, "unknown value of fwsvd.side 'inptu'; did you mean 'input'?"),
+        ("asvd", {"factorizer.alpha": "-1"}, "asvd.alpha is -1, but must not be negative."),
+        ("missing.toml", {}, "missing.toml: no such recipe file."),
+    ],
+)
+def test_wrong_names_and_options(name, overrides, text):
+    with pytest.raises(OptionError) as caught:
+        find(name, overrides)
+    assert text in str(caught.value)
+
+
+def test_options_from_text_have_the_type_of_their_field():
+    assert find("asvd", {"factorizer.alpha": "0.25"}).make_factorizer().alpha == 0.25
+
+
+def test_recipe_from_a_file(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('about = "mine"\n[factorizer]\nname = "svd_llm"\ndamping = 1e-4\n[allocator]\nname = "uniform"\n')
+    recipe = find(str(path))
+    assert recipe.name == "mine"
+    assert recipe.make_factorizer().damping == 1e-4
