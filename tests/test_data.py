@@ -240,8 +240,8 @@ def test_no_more_rows_are_read_than_needed(tokenizer, tmp_path):
     assert (whole.recipe.parts[0].reading, whole.recipe.documents) == ("whole", 400)
     assert first.ids.tolist() == [[i] * 50 for i in range(4)]
     assert first.recipe.parts[0].reading == "first rows"
-    characters = first.recipe.documents * 3 * 50
-    assert AMPLE * 200 <= characters < 2 * AMPLE * 200
+    # 10 rows of 149 characters, then rows of 199, until 32 x 4 x 50 = 6,400 are reached
+    assert (AMPLE, first.recipe.documents) == (32, 10 + 25)
     assert drawn.recipe.parts[0].reading == "drawn rows"
     assert drawn.recipe.documents < 100
     assert drawn.ids.max() > 4

@@ -57,7 +57,7 @@ def test_ledger_adds_up_and_keeps_the_rest_of_the_model():
     assert (made.model_parameters_kept, made.model_bytes_kept) == (200 - 32, 2 * 168)
     assert made.keep == pytest.approx(64 / 96)
     assert made.keep_model == pytest.approx(168 / 200)
-    with pytest.raises(BudgetError, match="keeps 64 parameters, but keep 0.5 allows 48"):
+    with pytest.raises(BudgetError, match=r"keeps 64 parameters, but keep 0\.5 allows 48"):
         ledger.assert_within(made, 0.5)
 
 

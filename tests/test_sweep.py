@@ -111,7 +111,7 @@ def test_weight_fisher_equals_autograd_of_the_true_next_token_loss(family):
             module = model.get_submodule(name)
             gradient = module.weight.grad.double()
             transposed = weight_view(module).stride() != module.weight.stride()
-                expected[name] += (gradient.T if transposed else gradient).square()
+            expected[name] += (gradient.T if transposed else gradient).square()
     for name, squares in expected.items():
         assert torch.allclose(collected[name].fisher_rows, squares.sum(1), rtol=1e-3, atol=1e-12)
         assert torch.allclose(collected[name].fisher_columns, squares.sum(0), rtol=1e-3, atol=1e-12)

@@ -3,16 +3,19 @@
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from eckart.discovery import Layout, skipped_by_reason
-from eckart.ledger import Ledger
 from eckart.progress import Progress, silent
+
+if TYPE_CHECKING:  # these import torch, which would make `eckart --help` wait
+    from eckart.demo import DemoReport
+    from eckart.discovery import Layout
+    from eckart.ledger import Ledger
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -53,8 +56,10 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     out.print()
 
 
-def show_layout(layout: Layout) -> None:
+def show_layout(layout: "Layout") -> None:
     """Targets by block and kind with shapes and shares; what is left alone, why, and its share."""
+    from eckart.discovery import skipped_by_reason
+
     total = layout.parameters
     kinds: dict[tuple[str, int, int], list[int]] = {}
     for target in layout.targets:
@@ -70,7 +75,7 @@ def show_layout(layout: Layout) -> None:
     table("Left as it is", ("reason", "parameters", "of the model"), left)
 
 
-def show_ledger(ledger: Ledger) -> None:
+def show_ledger(ledger: "Ledger") -> None:
     """Parameters and bytes before and after, of the targets and of the whole model."""
     rows = [
         ("targets, parameters", f"{ledger.target_parameters_dense:,}", f"{ledger.target_parameters_kept:,}",
@@ -110,3 +115,15 @@ def blocks_text(blocks: Sequence[int]) -> str:
 
 def share_text(part: int, total: int) -> str:
     return f"{part / total:.1%}"
+
+
+def show_demo(report: "DemoReport") -> None:
+    """The demo's report."""
+    show_ledger(report.ledger)
+    show_results(report.evaluation)
+    out.print(f"\n[bold]{report.prompt}[/bold] ...")
+    for label, text in report.samples.items():
+        out.print(f"  {label:<11}{' '.join(text.split())}", markup=False)
+    out.print(f"\nDense model       {report.dense_folder}", markup=False)
+    out.print(f"Compressed model  {report.compressed_folder}", markup=False)
+    out.print(f"Took {report.seconds / 60:.1f} minutes. Next: eckart inspect, eckart compress, eckart eval (--help).")

@@ -122,7 +122,7 @@ def load_tokenizer(model: str | Path) -> "PreTrainedTokenizerBase":
     import transformers
 
     source = pretrained.locate(str(model))
-    with pretrained.quiet(), pretrained.unreadable(source, ModelError, "no tokenizer can be read from it"):
+    with pretrained.quiet(), pretrained.unreadable(source, ModelError, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
             str(source), local_files_only=pretrained.offline(source), trust_remote_code=False
         )
@@ -136,7 +136,7 @@ def skeleton(model: str) -> "PreTrainedModel":
     from eckart import hf
 
     source = pretrained.locate(model)
-    with pretrained.quiet(), pretrained.unreadable(source, ModelError, "no model can be read from it"):
+    with pretrained.quiet(), pretrained.unreadable(source, ModelError, "model"):
         config = transformers.AutoConfig.from_pretrained(
             str(source), local_files_only=pretrained.offline(source), trust_remote_code=False
         )
@@ -149,13 +149,16 @@ def skeleton(model: str) -> "PreTrainedModel":
 
 
 def is_checkpoint(folder: str | Path) -> bool:
-    """True for a folder that eckart wrote, be the model in it factorised or dense."""
+    """True for a folder that eckart wrote, be the model in it factorised or dense.
+
+    Raises `ModelError` when its configuration cannot be read.
+    """
     folder = Path(folder)
     if (folder / PROVENANCE).is_file():
         return True
     if not (folder / CONFIG).is_file():
         return False
-    quantization = pretrained.read_json(folder / CONFIG, CheckpointError).get("quantization_config")
+    quantization = pretrained.read_json(folder / CONFIG, ModelError).get("quantization_config")
     return isinstance(quantization, dict) and quantization.get("quant_method") == "eckart"
 
 
@@ -192,6 +195,9 @@ def _specs(folder: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]
     quantization = config.get("quantization_config")
     if quantization is None:
         return {}
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method != hf.METHOD:
+        raise CheckpointError(f"{folder / CONFIG}: quant_method is {method!r}, but eckart writes {hf.METHOD!r}.")
     try:
         read: hf.EckartConfig = hf.EckartConfig.from_dict(quantization)
     except (ValueError, TypeError) as error:

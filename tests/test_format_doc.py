@@ -1,0 +1,82 @@
+"""docs/format.md says what is true: its example is a checkpoint, written here by its words alone."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from eckart import checkpoint, hf
+from eckart.discovery import discover
+from eckart.linear import FactorizedLinear
+from eckart.testing import tiny_models
+
+PAGE = (Path(__file__).parent.parent / "docs/format.md").read_text(encoding="utf-8")
+
+
+def example() -> dict[str, Any]:
+    (block,) = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
+    data: dict[str, Any] = json.loads(block)
+    return data
+
+
+def write_by_the_page(folder: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint made without eckart's writer; returns the product of each factorised layer."""
+    model = tiny_models()["llama-bias"]()
+    model.save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    quantization, products = example(), {}
+    bases: dict[str, torch.Tensor] = {}
+    for name, spec in quantization["modules"].items():
+        out_features, in_features = state.pop(f"{name}.weight").shape
+        owner = spec.get("basis_of", name)
+        bases.setdefault(owner, torch.randn(spec["rank"], in_features))
+        coefficients = torch.randn(out_features, spec["rank"])
+        state[f"{owner}.basis.weight"] = bases[owner]
+        state[f"{name}.coefficients.weight"] = coefficients
+        if f"{name}.bias" in state:
+            state[f"{name}.coefficients.bias"] = state.pop(f"{name}.bias")
+        products[name] = coefficients @ bases[owner]
+    state[f"{min(quantization['modules'])}.weight"] = torch.zeros(0)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    return products
+
+
+def test_the_example_loads_as_a_checkpoint(tmp_path: Path) -> None:
+    products = write_by_the_page(tmp_path)
+    model = checkpoint.load(tmp_path)
+    assert hf.specs_of(model) == example()["modules"]
+    for name, product in products.items():
+        torch.testing.assert_close(model.get_submodule(name).weight, product)
+
+
+def test_the_writer_keeps_to_the_page(tmp_path: Path) -> None:
+    """Saved again by eckart, the example has the same configuration and the same tensors."""
+    write_by_the_page(tmp_path / "page")
+    checkpoint.save(checkpoint.load(tmp_path / "page"), tmp_path / "ours")
+    page, ours = (load_file(tmp_path / folder / "model.safetensors") for folder in ("page", "ours"))
+    assert page.keys() == ours.keys()
+    assert all(torch.equal(page[key], ours[key]) for key in page)
+    config = json.loads((tmp_path / "ours/config.json").read_text())
+    assert config["quantization_config"] == example()
+
+
+def test_the_page_names_every_factorised_key() -> None:
+    keys = FactorizedLinear(4, 4, 2, bias=True).state_dict()
+    assert {f"<layer>.{key}" for key in keys} <= set(re.findall(r"`(<layer>[\w.]+)`", PAGE))
+    assert f"version {hf.FORMAT_VERSION}" in PAGE.splitlines()[0]
+
+
+def test_the_page_names_every_file(tmp_path: Path) -> None:
+    from eckart.plans import Plan
+    from eckart.types import Entry
+
+    model = tiny_models()["llama"]()
+    plan = Plan((Entry((discover(model).targets[0].name,), None),))
+    checkpoint.save(model, tmp_path / "saved", plan=plan)
+    assert all(f"`{path.name}`" in PAGE for path in (tmp_path / "saved").iterdir())
+    assert plan.to_dict().keys() == json.loads(re.findall(r'`(\{"format": .*?\})`', PAGE)[0].replace("...", "")).keys()
