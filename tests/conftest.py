@@ -1,4 +1,4 @@
-"""What all tests share: tiny models, a factorised one, and silence about what is not ours to mend."""
+"""What all tests share: tiny models, dense and factorised, a tokenizer and token ids."""
 
 import os
 from collections.abc import Callable
