@@ -163,8 +163,9 @@ def test_a_seed_draws_each_window_at_most_once(tokenizer, notes):
 def test_bos_modes(notes, template, bos, expected):
     tokenizer = make_tokenizer(template)
     assert load_windows(str(notes), tokenizer, windows=2, length=10, bos=bos).ids.tolist() == expected
-    every = load_windows(str(notes), tokenizer, windows=None, length=10, bos=bos).ids[:, 2:]
-    assert not (every >= BOS).any(), "a special token got inside"
+    every = load_windows(str(notes), tokenizer, windows=None, length=10, bos=bos).ids
+    assert len(every) == (11 if bos == "window" else 10)  # 103 tokens of text, by nines or by tens
+    assert not (every[:, 2:] >= BOS).any(), "a special token got inside"
 
 
 def test_documents_are_joined(tokenizer, tmp_path):
@@ -499,7 +500,7 @@ def test_a_hub_that_does_not_give(tokenizer, monkeypatch, error, message):
     handler = logging.Handler()
     handler.emit = said.append
     logger = logging.getLogger("huggingface_hub")
-    before = logger.level
+    monkeypatch.setattr(logger, "level", logging.INFO)
     logger.addHandler(handler)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     try:
@@ -509,7 +510,7 @@ def test_a_hub_that_does_not_give(tokenizer, monkeypatch, error, message):
         logger.removeHandler(handler)
     assert "\n" not in str(caught.value)
     assert said == []
-    assert logger.level == before
+    assert logger.level == logging.INFO
 
 
 def tiny_model(**options):
@@ -528,7 +529,10 @@ def tiny_model(**options):
 
 
 class Counting(torch.nn.Module):
-    """After w(n) it writes w(n+1); it keeps no cache, and would rather write `</s>` or an id that no token has."""
+    """The token at place j is j more than the one before; it keeps no cache, so that it must see the whole row.
+
+    It would rather write `</s>`, or an id that no token has.
+    """
 
     device = torch.device("cpu")
     weight = torch.ones(110, 1)
@@ -538,7 +542,8 @@ class Counting(torch.nn.Module):
 
     def forward(self, input_ids, past_key_values, use_cache):
         logits = torch.full((*input_ids.shape, 110), -1e4)
-        logits.scatter_(2, ((input_ids + 1) % 100)[..., None], 0.0)
+        step = torch.arange(1, input_ids.shape[1] + 1)
+        logits.scatter_(2, ((input_ids + step) % 100)[..., None], 0.0)
         logits[..., [BOS, EOS, 105]] = 1e4
         return SimpleNamespace(logits=logits)
 
@@ -546,7 +551,7 @@ class Counting(torch.nn.Module):
 def test_a_model_writes_its_own_text(tokenizer):
     model = Counting().train()
     ids = load_windows("self:20", tokenizer, windows=None, length=8, model=model).ids
-    assert ids.tolist() == [[(row[0] + i) % 100 for i in range(8)] for row in ids.tolist()]
+    assert ids.tolist() == [[(row[0] + i * (i + 1) // 2) % 100 for i in range(8)] for row in ids.tolist()]
     assert len(set(ids[:, 0].tolist())) > 5
     assert model.training
 

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from logging import Handler, getLogger
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,10 @@ def test_where_the_cache_is(monkeypatch, variables, folder):
 
 
 def test_the_model_is_made_once_and_loads(cache, registry, reader, monkeypatch, capfd):
-    seen = []
+    said, seen = [], []
+    handler = Handler()
+    handler.emit = said.append
+    monkeypatch.setattr(getLogger("transformers"), "handlers", [handler])
     verbosity = logging.get_verbosity()
     folder = fetch_demo_model(cache, lambda stage, done, total: seen.append((done, total)))
     assert folder == cache / FOLDER
@@ -114,6 +118,7 @@ def test_the_model_is_made_once_and_loads(cache, registry, reader, monkeypatch, 
     assert reader == [("model.Q4.gguf", torch.float32)]
     assert seen == [(0, 2), (1, 2), (2, 2)]
     assert capfd.readouterr() == ("", "")
+    assert said == []
     assert logging.get_verbosity() == verbosity
 
     assert fetch_demo_model(cache) == folder
