@@ -76,7 +76,7 @@ def sample(folder: Path, prompt: str) -> str:
     """The greedy continuation of `prompt`, `NEW_TOKENS` tokens long."""
     model, tokenizer = checkpoint.load_model(str(folder)), checkpoint.load_tokenizer(folder)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    output = model.generate(  # type: ignore[operator]
+    output = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True
     )
     text: str = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)

@@ -1,6 +1,7 @@
 """Which dtype a model is stored in and which it computes in."""
 
 import torch
+from torch import nn
 
 from eckart.errors import OptionError
 
@@ -17,3 +18,9 @@ def named(dtype: str) -> torch.dtype | None:
 def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     """Half precision is computed in float32 on a CPU, where it is many times slower."""
     return torch.float32 if device.type == "cpu" and stored.itemsize < 4 else stored
+
+
+def cast_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the parameters in place, tied ones once; buffers stay (a rotary table would lose its digits)."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)

@@ -136,7 +136,7 @@ def _measure(
     """Load the model if it is a name, measure every corpus, and let it go."""
     if isinstance(model, str | Path):
         loaded = checkpoint.load_model(str(model), device=device)
-        loaded.to(dtypes.named(dtype) or dtypes.compute_dtype(loaded.dtype, loaded.device))
+        dtypes.cast_(loaded, dtypes.named(dtype) or dtypes.compute_dtype(loaded.dtype, loaded.device))
     else:
         loaded = model
     loaded.eval()

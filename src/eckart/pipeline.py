@@ -154,7 +154,7 @@ class _Run:
                     raise OptionError("a model in memory comes without its tokenizer; pass tokenizer=...")
                 self.tokenizer = tokenizer
             self.stored_dtype = dtypes.named(dtype) or self.model.dtype
-            self.model.to(dtypes.compute_dtype(self.stored_dtype, self.model.device))
+            dtypes.cast_(self.model, dtypes.compute_dtype(self.stored_dtype, self.model.device))
             self.model.eval()
         self.layout = discover(self.model, include, exclude)
         check_finite(self.model, self.layout.targets)
@@ -221,7 +221,7 @@ class _Run:
             for group, entry in track(work, "factorise", len(work), self.progress):
                 if entry.rank is not None:
                     factorize_group_(self.model, group, entry, self.decompositions.pop(group.name))
-            self.model.to(self.stored_dtype)
+            dtypes.cast_(self.model, self.stored_dtype)
             hf.attach_(self.model, hf.specs_of(self.model))
 
     def result(self, plan: Plan) -> Compression:

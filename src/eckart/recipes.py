@@ -12,7 +12,7 @@ A user's own recipe is a TOML file with the same keys:
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,4 +104,4 @@ def read_file(path: Path) -> Recipe:
 
 def describe(name: str, method: Factorizer | Allocator) -> dict[str, Any]:
     """A part with all its options, for plans and provenance."""
-    return {"name": name, **{key: getattr(method, key) for key in method.__dataclass_fields__}}
+    return {"name": name, **asdict(method)}

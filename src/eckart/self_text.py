@@ -1,0 +1,60 @@
+"""Windows that a model writes itself: calibration without any text."""
+
+from typing import Any
+
+import torch
+
+from eckart.errors import DataError, NumericalError
+
+Tensor = torch.Tensor
+BATCH = 16  # windows written side by side
+
+
+def write_windows(
+    model: Any, tokenizer: Any, lead: list[int], count: int | None, length: int, generator: torch.Generator | None
+) -> Tensor:
+    """Ids `[count, length]`, written at temperature 1 in the model's own dtype and on its own device.
+
+    Each window starts with `lead`, or with any ordinary token if that is empty; no special ones follow.
+    Raises `DataError` without a model or a count, `NumericalError` for logits that are not finite.
+    """
+    if model is None:
+        raise DataError("self: needs the model that writes the text, and none was given; name a text instead.")
+    if count is None:
+        raise DataError("self: a model writes without end; say how many windows with --windows or self:N.")
+    generator = generator or torch.Generator().manual_seed(0)
+    ordinary = _ordinary_ids(tokenizer, model.get_input_embeddings().weight.shape[0])
+    was_training = model.training
+    model.eval()
+    try:
+        sizes = [min(BATCH, count - start) for start in range(0, count, BATCH)]
+        batches = [_write(model, ordinary, lead, size, length, generator) for size in sizes]
+    finally:
+        model.train(was_training)
+    return torch.cat(batches)
+
+
+@torch.no_grad()
+def _write(model: Any, ordinary: Tensor, lead: list[int], rows: int, length: int, generator: torch.Generator) -> Tensor:
+    """Ids `[rows, length]`."""
+    ids = torch.tensor(lead, dtype=torch.int64).repeat(rows, 1)
+    if not lead:
+        ids = ordinary[torch.randint(len(ordinary), (rows, 1), generator=generator)]
+    cache, fed = None, ids
+    while ids.shape[1] < length:
+        out = model(input_ids=fed.to(model.device), past_key_values=cache, use_cache=True)
+        logits = out.logits[:, -1].float().cpu()[:, ordinary]
+        if not logits.isfinite().all():
+            raise NumericalError("self: the model's logits hold NaN or infinity; calibrate on a text instead.")
+        drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        ids = torch.cat([ids, ordinary[drawn]], dim=1)
+        cache = getattr(out, "past_key_values", None)
+        fed = ids if cache is None else ids[:, -1:]  # a model without such a cache reads from the start again
+    return ids[:, :length]
+
+
+def _ordinary_ids(tokenizer: Any, rows: int) -> Tensor:
+    """Ids `[ordinary]` below `rows` (the embedding's) that are tokens of text, not special ones."""
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special.update(tokenizer.all_special_ids)
+    return torch.tensor([index for index in range(min(rows, len(tokenizer))) if index not in special])

@@ -1,0 +1,82 @@
+"""Perplexity against arithmetic done by hand."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import eckart
+from eckart.errors import NumericalError, OptionError
+from eckart.measure import perplexity
+from eckart.testing import tiny_models, tiny_tokenizer
+
+
+def by_hand(model, windows):
+    """Negative log-probabilities of every next token, one window at a time."""
+    losses = []
+    for window in windows:
+        with torch.no_grad():
+            log_p = model(input_ids=window[None]).logits[0].log_softmax(-1)
+        losses.append([-float(log_p[t, window[t + 1]]) for t in range(len(window) - 1)])
+    return losses
+
+
+def test_token_mean_and_window_mean():
+    model = tiny_models()["llama"]()
+    windows = [torch.arange(4, 34), torch.arange(50, 60)]
+    losses = by_hand(model, windows)
+    flat = [loss for window in losses for loss in window]
+    token = perplexity(model, windows)
+    assert token.value == pytest.approx(math.exp(sum(flat) / len(flat)), rel=1e-5)
+    assert (token.tokens, token.windows) == (29 + 9, 2)
+    means = [sum(window) / len(window) for window in losses]
+    assert perplexity(model, windows, mean="window").value == pytest.approx(math.exp(sum(means) / 2), rel=1e-5)
+    assert token.value != pytest.approx(perplexity(model, windows, mean="window").value, rel=1e-3)
+
+
+def test_a_window_that_is_not_finite_fails_instead_of_being_skipped():
+    model = tiny_models()["llama"]()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.inf)
+    with pytest.raises(NumericalError, match="the loss of window 0 is"):
+        perplexity(model, [torch.arange(4, 34)])
+
+
+@pytest.fixture
+def corpora(tmp_path):
+    for name, text in (("a.txt", "abcdefghij " * 20), ("b.txt", "the cat sat on the mat " * 9)):
+        (tmp_path / name).write_text(text)
+    return [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+
+
+def test_two_corpora_dense_beside_compressed(tmp_path, corpora):
+    tiny_models()["llama"]().save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    eckart.compress(str(tmp_path / "dense"), recipe="svd", keep=0.5, out=tmp_path / "small")
+    result = eckart.evaluate(tmp_path / "small", against=tmp_path / "dense", data_specs=corpora, windows=3, length=20)
+    assert [row["data"] for row in result["results"]] == corpora
+    for row in result["results"]:
+        ids = eckart.load_windows(row["data"], tiny_tokenizer(), windows=3, length=20, purpose="evaluation").ids
+        assert row["dense_perplexity"] == pytest.approx(perplexity(tiny_models()["llama"](), list(ids)).value)
+        assert row["perplexity"] != pytest.approx(row["dense_perplexity"], rel=1e-3)
+        assert {"length", "stride", "join", "bos", "mean", "dtype", "tokens_hash"} <= set(row["protocol"])
+
+
+def test_window_mean_keeps_the_short_tail(corpora):
+    model, tokenizer = tiny_models()["llama"](), tiny_tokenizer()
+    ids = torch.tensor(tokenizer(Path(corpora[0]).read_text())["input_ids"])
+    pieces = list(ids.split(50))
+    assert len(pieces[-1]) not in (0, 1, 50)
+    options = {"data_specs": corpora[:1], "length": 50, "tokenizer": tokenizer}
+    kept = eckart.evaluate(model, mean="window", **options)["results"][0]
+    dropped = eckart.evaluate(model, **options)["results"][0]
+    assert kept["perplexity"] == pytest.approx(perplexity(model, pieces, mean="window").value)
+    assert dropped["perplexity"] == pytest.approx(perplexity(model, pieces[:-1]).value)
+
+
+def test_wrong_options(corpora):
+    with pytest.raises(OptionError, match="mean is 'median'"):
+        eckart.evaluate(tiny_models()["llama"](), mean="median", data_specs=corpora)
+    with pytest.raises(OptionError, match="pass tokenizer="):
+        eckart.evaluate(tiny_models()["llama"](), data_specs=corpora)
