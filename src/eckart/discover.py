@@ -1,3 +1,0 @@
-"""Moved to eckart.discovery (temporary)."""
-
-from eckart.discovery import *  # noqa

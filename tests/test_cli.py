@@ -1,0 +1,162 @@
+"""The command line is the library, spoken: same bytes, clean JSON, one line and exit code 2 for mistakes."""
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import eckart
+from eckart._cli import main, parse_options
+from eckart.errors import UserError
+from eckart.testing import tiny_models, tiny_tokenizer
+
+TEXT = "The best rank-r approximation is the truncated SVD, in a metric that one has to choose well. " * 60
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    tiny_models()["llama"]().save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "other.txt").write_text(TEXT[::-1])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(monkeypatch, *argv):
+    """Exit code of `eckart ARGV`, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["eckart", *argv])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return caught.value.code
+
+
+SOME_TEXT = ("--data", "text.txt", "--windows", "6", "--length", "24")
+
+
+def test_compress_writes_the_bytes_of_the_library(workspace, monkeypatch, capsys):
+    argv = ("compress", "dense", "--recipe", "svd-llm", "--keep", "0.7", *SOME_TEXT, "-o", "factorizer.damping=1e-5")
+    assert run(monkeypatch, *argv, "--out", "cli") == 0
+    eckart.compress(
+        "dense",
+        recipe="svd-llm",
+        keep=0.7,
+        options={"factorizer.damping": 1e-5},
+        calibration=eckart.Calibration("text.txt", windows=6, length=24),
+        out="library",
+    )
+    for path in sorted(Path("library").iterdir()):
+        assert path.read_bytes() == (Path("cli") / path.name).read_bytes(), path.name
+    assert "Ledger" in capsys.readouterr().out
+
+
+def test_eval_json_is_all_there_is_on_standard_output(workspace, monkeypatch, capsys):
+    run(monkeypatch, "compress", "dense", "--recipe", "svd", "--keep", "0.5", "--out", "small")
+    capsys.readouterr()
+    argv = ("eval", "small", "--against", "dense", "--data", "text.txt", "--data", "other.txt", "--windows", "3")
+    assert run(monkeypatch, *argv, "--length", "24", "--json") == 0
+    said = capsys.readouterr()
+    result = json.loads(said.out)
+    assert said.err == ""
+    assert len(result["results"]) == 2
+    assert all(row["perplexity"] > 1 and row["dense_perplexity"] > 1 for row in result["results"])
+    assert result == json.loads(
+        json.dumps(
+            eckart.evaluate("small", against="dense", data_specs=["text.txt", "other.txt"], windows=3, length=24)
+        )
+    )
+
+
+def test_eval_table_states_the_protocol(workspace, monkeypatch, capsys):
+    assert run(monkeypatch, "eval", "dense", "--data", "text.txt", "--windows", "3", "--length", "24") == 0
+    out = capsys.readouterr().out
+    for words in ("Perplexity", "3 x 24", "windows of 24 tokens, stride 24", "BOS start", "mean over tokens"):
+        assert words in out
+
+
+def test_plan_and_replay(workspace, monkeypatch, capsys):
+    assert run(monkeypatch, "plan", "dense", "--keep", "0.6", *SOME_TEXT, "--out", "plan.json", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(Path("plan.json").read_text())
+    assert run(monkeypatch, "compress", "dense", "--plan", "plan.json", *SOME_TEXT, "--out", "a") == 0
+    assert run(monkeypatch, "compress", "dense", "--keep", "0.6", *SOME_TEXT, "--out", "b") == 0
+    assert Path("a/model.safetensors").read_bytes() == Path("b/model.safetensors").read_bytes()
+
+
+def test_inspect(workspace, monkeypatch, capsys):
+    assert run(monkeypatch, "inspect", "dense", "--exclude", "*.k_proj") == 0
+    out = capsys.readouterr().out
+    assert "self_attn.q_proj" in out
+    assert "matches --exclude *.k_proj" in out
+    assert run(monkeypatch, "inspect", "dense", "--json") == 0
+    layout = json.loads(capsys.readouterr().out)
+    assert len(layout["targets"]) == 14
+    assert sum(s["parameters"] for s in layout["skipped"]) + sum(
+        t["out_features"] * t["in_features"] for t in layout["targets"]
+    ) == layout["parameters"]  # fmt: skip
+
+
+def test_methods(workspace, monkeypatch, capsys):
+    assert run(monkeypatch, "methods") == 0
+    assert "svd_llm + uniform" in capsys.readouterr().out
+    assert run(monkeypatch, "methods", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["factorizers"]["asvd"]["alpha"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (("compress", "nowhere/at/all", "--out", "o"), "no such folder"),
+        (("compress", "dense", "--keep", "0", "--recipe", "svd", "--out", "o"), "must lie in (0, 1]"),
+        (("compress", "dense", "--keep", "1.2", "--recipe", "svd", "--out", "o"), "must lie in (0, 1]"),
+        (("compress", "dense", "--recipe", "svdd", "--out", "o"), "did you mean 'svd'"),
+        (("compress", "dense", "--recipe", "svd", "--out", "dense"), "exists and is not empty"),
+        (("compress", "dense", "--recipe", "svd", "--out", "o", "-o", "damping"), "must look like"),
+        (("compress", "dense", "--data", "none.txt", "--out", "o"), "none.txt"),
+        (("compress", "dense", "--data", "text.txt", "--windows", "9999", "--length", "24", "--out", "o"), "9999"),
+        (("compress", "dense", "--plan", "none.json", "--out", "o"), "no such plan file"),
+        (("eval", "text.txt", "--data", "text.txt"), "text.txt"),
+        (("eval", "dense", "--data", "text.txt", "--mean", "median", "--length", "24"), "mean is 'median'"),
+        (("inspect", "dense", "--include", "nothing"), "no linear layer to compress"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(workspace, monkeypatch, capsys, argv, text):
+    assert run(monkeypatch, *argv) == 2
+    said = capsys.readouterr()
+    assert text in said.err
+    assert said.err.startswith("eckart: ")
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+    assert not Path("o").exists()
+
+
+def test_numerical_trouble_is_exit_code_1(workspace, monkeypatch, capsys):
+    import torch
+
+    model = tiny_models()["llama"]()
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight.fill_(torch.inf)
+    model.save_pretrained("broken")
+    tiny_tokenizer().save_pretrained("broken")
+    assert run(monkeypatch, "compress", "broken", *SOME_TEXT, "--out", "o") == 1
+    assert "model.layers.0.self_attn.q_proj: NaN or infinity" in capsys.readouterr().err
+
+
+def test_options_are_parsed():
+    assert parse_options(["a.b=c=d"]) == {"a.b": "c=d"}
+    with pytest.raises(UserError, match="must look like"):
+        parse_options(["=1"])
+
+
+def test_every_command_has_help_with_an_example(monkeypatch, capsys):
+    for command in ("inspect", "plan", "compress", "eval", "demo", "methods"):
+        assert run(monkeypatch, command, "--help") == 0
+        assert "Example:" in capsys.readouterr().out
+
+
+def test_version_as_an_installed_program():
+    said = subprocess.run([sys.executable, "-m", "eckart", "--version"], capture_output=True, text=True, check=True)
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert said.stdout.strip() == f"eckart {project['version']}" == f"eckart {eckart.__version__}"
