@@ -17,6 +17,12 @@ class Need(StrEnum):
     INPUT_GRAM = "input_gram"  # sum of x x^T over tokens, [in, in]
     INPUT_ABSMEAN = "input_absmean"  # mean of |x| over tokens, [in]
     WEIGHT_FISHER = "weight_fisher"  # squared loss gradients of the weight, summed per input and per output
+    GRADIENT_GRAM = "gradient_gram"  # sum of g g^T, g = dloss/doutput, or its pull-back through the weight; smaller
+    TRUE_GRADIENT_GRAM = "true_gradient_gram"  # the same with the text's own labels instead of sampled ones
+
+
+GRADIENT_NEEDS = frozenset({Need.WEIGHT_FISHER, Need.GRADIENT_GRAM, Need.TRUE_GRADIENT_GRAM})
+GRADIENT_GRAM_NEEDS = frozenset({Need.GRADIENT_GRAM, Need.TRUE_GRADIENT_GRAM})
 
 
 class Gram:
@@ -53,6 +59,11 @@ class Statistics:
     diagonal of the input Gram, which damping needs when the input Gram itself was not collected.
     `fisher_rows` `[out]` and `fisher_columns` `[in]` are sums of `(dloss/dW_ij)^2` over windows and
     over the other index (empirical Fisher information: the labels are the text's own tokens).
+
+    With g the gradient of the summed next-token loss at the layer's output, one for each token,
+    `gradient_gram` is `G = sum g g^T` `[out, out]`. A tall matrix has `pulled_gradient_gram`
+    `W^T G W` `[in, in]` instead, the Gram of the layer's own input gradients. `gradient_energy` is
+    `sum |g|^2 / out`, and `predictions` counts the tokens that were predicted.
     """
 
     tokens: int = 0
@@ -62,6 +73,10 @@ class Statistics:
     input_absmean: Tensor | None = None
     fisher_rows: Tensor | None = None
     fisher_columns: Tensor | None = None
+    gradient_gram: Gram | None = None
+    pulled_gradient_gram: Gram | None = None
+    gradient_energy: float = 0.0
+    predictions: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,149 @@
+"""What is collected from the loss gradients at the outputs of a block's linear layers.
+
+One backward run through one recomputed block at a time. Gradients of weights are never formed: only
+those of activations, of which a matrix keeps the Gram on its smaller side.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from eckart.blocks import Call, Stream, run_tail
+from eckart.errors import NumericalError
+from eckart.input_statistics import collect_input, finish_inputs
+from eckart.progress import Progress, track
+from eckart.recorder import Recorder
+from eckart.statistics import GRADIENT_GRAM_NEEDS, GRADIENT_NEEDS, Gram, Need, Statistics
+from eckart.types import Target
+
+Tensor = torch.Tensor
+
+
+def label_draws(windows: Tensor, needs: frozenset[Need], seed: int) -> Tensor | None:
+    """Uniform numbers in [0, 1) that choose a label for each prediction, `[windows, length - 1]`; None: true labels.
+
+    Drawn for all windows at once on the CPU, so that neither batches nor devices change the labels.
+    """
+    if Need.GRADIENT_GRAM not in needs:
+        return None
+    if needs & GRADIENT_NEEDS != {Need.GRADIENT_GRAM}:
+        raise ValueError(
+            f"{', '.join(sorted(needs & GRADIENT_NEEDS))}: sampled and true labels cannot both be in one sweep; "
+            "sweep twice."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(windows.shape[0], windows.shape[1] - 1, generator=generator, dtype=torch.float64)
+
+
+def loss_gradients(
+    model: nn.Module, blocks: nn.ModuleList, stream: Stream, draws: Tensor | None, progress: Progress
+) -> list[Tensor]:
+    """Gradient of the summed next-token loss at the output of the last block, `[batch, seq, width]` per batch.
+
+    The one label shift is here: position t predicts token t + 1. (Passing shifted `labels` to a model
+    that shifts them itself is the published bug of predicting the token after the next.) With `draws`
+    the label is instead a sample of the model's own prediction, so that the expected square of the
+    gradient is the Fisher information.
+    """
+    gradients, first = [], 0
+    for index in track(range(len(stream.batches)), "loss", len(stream.batches), progress):
+        hidden = stream.hidden[index].detach().requires_grad_()
+        stream.hidden[index] = hidden
+        with torch.enable_grad():
+            logits = run_tail(model, blocks, stream, index).logits[:, :-1]
+        stream.hidden[index] = hidden.detach()
+        at_logits = torch.softmax(logits.detach().float(), -1)
+        labels = stream.batches[index][:, 1:]
+        if draws is not None:
+            labels = sample(at_logits, draws[first : first + len(labels)].to(labels.device))
+        first += len(labels)
+        at_logits.scatter_add_(-1, labels[..., None], at_logits.new_full((1, 1, 1), -1.0).expand(*labels.shape, 1))
+        (gradient,) = torch.autograd.grad(logits, hidden, at_logits.to(logits.dtype))
+        gradients.append(gradient)
+    return gradients
+
+
+def sample(probabilities: Tensor, draws: Tensor) -> Tensor:
+    """The label at each draw in [0, 1) of the distribution `[..., vocabulary]`, by inverting its cumulative sum."""
+    labels = []
+    for rows, draw in zip(probabilities, draws, strict=True):  # window by window: the sums are as large as the logits
+        sums = rows.cumsum(-1)
+        found = torch.searchsorted(sums, draw[..., None].to(sums.dtype) * sums[..., -1:], right=True)
+        labels.append(found[..., 0].clamp(max=rows.shape[-1] - 1))
+    return torch.stack(labels)
+
+
+def backward_block(
+    block: nn.Module,
+    targets: Sequence[Target],
+    entrances: Sequence[Tensor],
+    calls: Sequence[Call],
+    gradients: list[Tensor],
+    needs: frozenset[Need],
+) -> dict[str, Statistics]:
+    """Recompute one block, collect its statistics, and move `gradients` to its entrance, in place."""
+    result = {target.name: Statistics() for target in targets}
+    for index, (entrance, call) in enumerate(zip(entrances, calls, strict=True)):
+        entrance = entrance.detach().requires_grad_()
+        with Recorder(block, targets, own_inputs=True) as recorder, torch.enable_grad():
+            output = call.run(block, entrance)
+            seen = recorder.seen
+            tall = [x for target, x, _ in seen if needs & GRADIENT_GRAM_NEEDS and _is_tall(target)]
+            wanted = [entrance, *(y for _, _, y in seen), *tall]
+            gradients[index], *found = torch.autograd.grad(output, wanted, gradients[index])
+        at_inputs = iter(found[len(seen) :])
+        for (target, x, _), gradient in zip(seen, found[: len(seen)], strict=True):
+            statistics, windows = result[target.name], len(entrance)
+            if needs & GRADIENT_GRAM_NEEDS:
+                pulled = next(at_inputs) if _is_tall(target) else None
+                _add_gradient(statistics, target, gradient, pulled)
+                statistics.predictions += windows * (entrance.shape[1] - 1)
+            if Need.WEIGHT_FISHER in needs:
+                _add_weight_fisher(statistics, _per_window(x.detach(), windows), _per_window(gradient, windows))
+        for x, members in recorder.by_input():
+            collect_input(x.detach(), [(t, y.detach()) for t, y in members], block, result, needs - GRADIENT_NEEDS)
+    for target in targets:
+        finish_inputs(target, result[target.name], needs - GRADIENT_NEEDS)
+        _check(target, result[target.name])
+    return result
+
+
+def _is_tall(target: Target) -> bool:
+    return target.out_features > target.in_features
+
+
+def _per_window(tensor: Tensor, windows: int) -> Tensor:
+    """`[windows, seq, k]`, also for models that flatten windows and tokens before their MLP."""
+    return tensor.reshape(windows, -1, tensor.shape[-1])
+
+
+def _add_gradient(statistics: Statistics, target: Target, gradient: Tensor, pulled: Tensor | None) -> None:
+    """Add gradients at the output, `[..., out]`; for a tall matrix those at its input, `[..., in]`, make the Gram."""
+    energy = gradient.float().square().sum(dtype=torch.float64)
+    statistics.gradient_energy += float(energy) / target.out_features
+    if pulled is not None:
+        if statistics.pulled_gradient_gram is None:
+            statistics.pulled_gradient_gram = Gram(target.in_features, gradient.device)
+        statistics.pulled_gradient_gram.add_(pulled)
+        return
+    if statistics.gradient_gram is None:
+        statistics.gradient_gram = Gram(target.out_features, gradient.device)
+    statistics.gradient_gram.add_(gradient)
+
+
+def _add_weight_fisher(statistics: Statistics, x: Tensor, gradient: Tensor) -> None:
+    """Add `(dloss/dW)^2` of each window's mean loss, for x `[batch, seq, in]` and gradient `[batch, seq, out]`."""
+    of_mean = gradient.mT.float() @ x.float() / (x.shape[1] - 1)
+    squared = of_mean.square().sum(0, dtype=torch.float64)  # [out, in]
+    rows, columns = statistics.fisher_rows, statistics.fisher_columns
+    statistics.fisher_rows = squared.sum(1) if rows is None else rows + squared.sum(1)
+    statistics.fisher_columns = squared.sum(0) if columns is None else columns + squared.sum(0)
+
+
+def _check(target: Target, statistics: Statistics) -> None:
+    grams = [g.matrix.diagonal() for g in (statistics.gradient_gram, statistics.pulled_gradient_gram) if g is not None]
+    parts = [torch.tensor(statistics.gradient_energy), *grams]
+    parts += [part for part in (statistics.fisher_rows,) if part is not None]
+    if not all(bool(torch.isfinite(part).all()) for part in parts):
+        raise NumericalError(f"{target.name}: NaN or infinity in its gradients; calibrate in float32.")
