@@ -3,7 +3,7 @@
 import pytest
 
 from eckart import registry
-from eckart.checks import check_allocator, check_factorizer
+from eckart.checks import check_allocator, check_factorizer, check_refiner
 from eckart.errors import OptionError
 from eckart.recipes import BUILT_IN, find
 
@@ -16,6 +16,11 @@ def test_factorizer(name):
 @pytest.mark.parametrize("name", registry.names("allocators"))
 def test_allocator(name):
     check_allocator(registry.make("allocators", name))
+
+
+@pytest.mark.parametrize("name", registry.names("refiners"))
+def test_refiner(name):
+    check_refiner(registry.make("refiners", name))
 
 
 def test_the_scan_finds_the_methods():
@@ -59,3 +64,19 @@ def test_recipe_from_a_file(tmp_path):
     recipe = find(str(path))
     assert recipe.name == "mine"
     assert recipe.make_factorizer().damping == 1e-4
+
+
+def test_grouping_and_refiners_in_a_recipe_file(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        '[factorizer]\nname = "svd_llm"\n[grouping]\nsize = 3\n'
+        '[[refiners]]\nname = "refit-coefficients"\nmin_removed = 0.1\n'
+    )
+    recipe = find(str(path), {"refit_coefficients.damping": "1e-3"})
+    assert recipe.make_grouping().size == 3
+    (refiner,) = recipe.make_refiners()
+    assert (refiner.min_removed, refiner.damping) == (0.1, 1e-3)
+    assert find("basis-sharing", {"refiners": "none"}).make_refiners() == []
+    path.write_text('[factorizer]\nname = "svd_llm"\n[[refiners]]\nmin_removed = 0.1\n')
+    with pytest.raises(OptionError, match=r"each \[\[refiners\]\] table needs a name"):
+        find(str(path))

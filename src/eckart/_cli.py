@@ -224,7 +224,7 @@ def demo(
 
 @app.command()
 def methods(as_json: Json = False) -> None:
-    """Recipes, factorizers and allocators with their options.
+    """Recipes, factorizers, allocators and refiners with their options.
 
     Example: `eckart methods --json`
     """
@@ -236,11 +236,11 @@ def methods(as_json: Json = False) -> None:
         "Recipes",
         ("name", "parts"),
         [
-            (n, f"{r['factorizer']['name']} + {r['allocator']['name']}: {r['about']}")
+            (n, " + ".join(p["name"] for p in (r["factorizer"], r["allocator"], *r["refiners"])) + f": {r['about']}")
             for n, r in known["recipes"].items()
         ],
     )
-    for kind in ("factorizers", "allocators"):
+    for kind in (kind for kind in known if kind != "recipes"):
         rows = [
             (name, ", ".join(f"{k}={v}" for k, v in options.items()) or "-") for name, options in known[kind].items()
         ]

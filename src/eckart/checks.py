@@ -1,4 +1,4 @@
-"""Contract checks that every factorizer and allocator must pass; yours too.
+"""Contract checks that every factorizer, allocator and refiner must pass; yours too.
 
     from eckart.checks import check_factorizer
     check_factorizer(MyFactorizer())
@@ -13,8 +13,12 @@ import torch
 
 from eckart import ledger
 from eckart.allocators.base import Allocator
+from eckart.discovery import discover
 from eckart.errors import BudgetError
 from eckart.factorizers.base import Factorizer
+from eckart.linear import factorize_, share_basis_, weight_view
+from eckart.plans import Plan
+from eckart.refiners.base import Refinement, Refiner
 from eckart.statistics import Gram, GroupStatistics, Statistics
 from eckart.types import Budget, Entry, Group, Spectrum, Target
 
@@ -123,3 +127,39 @@ def _check_spectrum(spectrum: Spectrum) -> None:
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return float((a - b).norm()) <= tolerance * float(b.norm())
+
+
+def check_refiner(refiner: Refiner) -> None:
+    """Changes factors only: structure, dense layers and dense weights stay; the same answer twice; all finite."""
+    results = [_refined(refiner) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), "the same question has two answers"
+    assert all(bool(torch.isfinite(t).all()) for t in results[0]), "NaN or infinity in the refined model"
+
+
+def _refined(refiner: Refiner) -> list[Tensor]:
+    """Refine a tiny model with a shared basis, a private one and a dense layer; its parameters."""
+    from eckart.hf import specs_of
+    from eckart.testing import tiny_models
+
+    model = tiny_models()["llama"]()
+    layout = discover(model)
+    names = [target.name for target in layout.targets]
+    shared = tuple(name for name in names if name.endswith("q_proj"))
+    entries = (Entry(shared, 9), *(Entry((n,), 7) for n in names if n not in shared and not n.endswith("k_proj")))
+    dense = {name: weight_view(model.get_submodule(name)) for entry in entries for name in entry.targets}
+    for entry in entries:
+        u, s, vt = torch.linalg.svd(torch.cat([dense[name] for name in entry.targets]), full_matrices=False)
+        parts = torch.split(u[:, : entry.rank] * s[: entry.rank], [len(dense[name]) for name in entry.targets])
+        made = [factorize_(model, n, vt[: entry.rank], c) for n, c in zip(entry.targets, parts, strict=True)]
+        for other in made[1:]:
+            share_basis_(made[0], other)
+    specs, before = specs_of(model), {name: weight.clone() for name, weight in dense.items()}
+    factors = {f"{n}.{part}.weight" for n in dense for part in ("basis", "coefficients")}
+    kept = {name: p.detach().clone() for name, p in model.named_parameters() if name not in factors}
+    windows = torch.randint(3, 128, (6, 16), generator=torch.Generator().manual_seed(0))
+    refiner.refine_(Refinement(model, layout, Plan(entries), dense, windows))
+    assert specs_of(model) == specs, "ranks, storage or sharing have changed"
+    assert all(torch.equal(dense[name], weight) for name, weight in before.items()), "a dense weight has changed"
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], p) for name, p in kept.items()), "more than factors has changed"
+    return [p.detach() for p in after.values()]

@@ -4,7 +4,7 @@ One backward run through one recomputed block at a time. Gradients of weights ar
 those of activations, of which a matrix keeps the Gram on its smaller side.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
@@ -81,6 +81,7 @@ def backward_block(
     calls: Sequence[Call],
     gradients: list[Tensor],
     needs: frozenset[Need],
+    whole_gram: Collection[str] = (),
 ) -> dict[str, Statistics]:
     """Recompute one block, collect its statistics, and move `gradients` to its entrance, in place."""
     result = {target.name: Statistics() for target in targets}
@@ -102,7 +103,8 @@ def backward_block(
             if Need.WEIGHT_FISHER in needs:
                 _add_weight_fisher(statistics, _per_window(x.detach(), windows), _per_window(gradient, windows))
         for x, members in recorder.by_input():
-            collect_input(x.detach(), [(t, y.detach()) for t, y in members], block, result, needs - GRADIENT_NEEDS)
+            outputs = [(t, y.detach()) for t, y in members]
+            collect_input(x.detach(), outputs, block, result, needs - GRADIENT_NEEDS, whole_gram)
     for target in targets:
         finish_inputs(target, result[target.name], needs - GRADIENT_NEEDS)
         _check(target, result[target.name])

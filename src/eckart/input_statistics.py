@@ -1,6 +1,6 @@
 """What is collected at the inputs of a block's linear layers, as the block runs."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
@@ -18,12 +18,13 @@ def collect_input(
     block: nn.Module,
     result: dict[str, Statistics],
     needs: frozenset[Need],
+    whole_gram: Collection[str] = (),
 ) -> None:
     """Add one input tensor `[batch, seq, in]` to the statistics of the linears that read it."""
     x = x.reshape(-1, x.shape[-1])
     leader = result[members[0][0].name]
     if leader.tokens == 0:
-        _choose_grams(members, result, needs, x.device)
+        _choose_grams(members, result, needs, whole_gram, x.device)
     grams = {id(g): g for g in (result[t.name].input_gram for t, _ in members) if g is not None}
     for gram in grams.values():
         gram.add_(x)
@@ -45,11 +46,12 @@ def _choose_grams(
     members: Sequence[tuple[Target, Tensor]],
     result: dict[str, Statistics],
     needs: frozenset[Need],
+    whole_gram: Collection[str],
     device: torch.device,
 ) -> None:
     """Give the linears that share an input one input Gram, or an output Gram each if that is smaller.
 
-    Only a wide or square matrix can do with its output Gram (identities 1 and 2: with out <= in the
+    Only a wide or square matrix with a basis of its own can do with its output Gram (identities 1 and 2: with out <= in the
     eigenproblem of `W H W^T` is the smaller one).
     """
     if not needs & {Need.INPUT_GRAM, Need.SMALLER_GRAM}:
@@ -58,7 +60,8 @@ def _choose_grams(
     width = targets[0].in_features
     tall = any(t.out_features > t.in_features for t in targets)
     cheaper = sum(t.out_features**2 for t in targets) < width**2
-    if Need.INPUT_GRAM not in needs and not tall and cheaper:
+    whole = Need.INPUT_GRAM in needs or any(t.name in whole_gram for t in targets)
+    if not whole and not tall and cheaper:
         for target in targets:
             result[target.name].output_gram = Gram(target.out_features, device)
         return

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from eckart import checkpoint, data, dtypes, files, ledger, recipes
+from eckart.density import with_density
 from eckart.discovery import Layout, check_finite, discover
 from eckart.errors import OptionError
 from eckart.factorizers.base import Factorizer, GroupDecomposition
@@ -20,6 +21,7 @@ from eckart.plans import Plan, resolve
 from eckart.progress import Progress, silent, track
 from eckart.provenance import make_provenance
 from eckart.recipes import Recipe
+from eckart.refiners.base import Refinement
 from eckart.statistics import GroupStatistics, Statistics
 from eckart.sweep import sweep
 from eckart.types import Budget, Entry, Group
@@ -169,12 +171,13 @@ class _Run:
 
     def make_plan(self, keep: float, rank_multiple: int) -> Plan:
         """Decompose everything, then let the allocator share out the budget."""
-        groups = [Group((target,)) for target in self.layout.targets]
+        groups = self.recipe.make_grouping().groups(self.layout.targets)
         ledger.check_reachable(groups, keep, rank_multiple)
         self._decompose(groups)
         spectra = [self.decompositions[group.name].spectrum for group in groups]
         with self.timed("allocate"):
             entries = self.recipe.make_allocator().allocate(spectra, Budget(keep, rank_multiple))
+            entries = [with_density(e, s) for e, s in zip(entries, spectra, strict=True)]
         made = Plan(tuple(entries), {"keep": keep, "rank_multiple": rank_multiple}, {}, self.recipe.to_dict())
         reached = self.ledger(made)
         ledger.assert_within(reached, keep)
@@ -192,37 +195,43 @@ class _Run:
         return ledger.make_ledger(groups, entries, self.layout.parameters, self.stored_dtype.itemsize)
 
     def _decompose(self, groups: Sequence[Group]) -> None:
-        if self.factorizer.needs and groups:
-            with self.timed("data"):
-                self.windows = data.load_windows(
-                    self.calibration.data,
-                    self.tokenizer,
-                    windows=self.calibration.windows,
-                    length=self.calibration.length,
-                    seed=self.calibration.seed,
-                    join=self.calibration.join,
-                    bos=self.calibration.bos,
-                    model=self.model,
-                )
-                data.check_length(self.windows, self.model)
-        ids = None if self.windows is None else self.windows.ids.to(self.model.device)
+        ids = self._token_windows() if self.factorizer.needs and groups else None
         with self.timed("calibrate and decompose"):
             self.decompositions = decompose(
                 self.model, self.layout, groups, self.factorizer, ids, progress=self.progress
             )
 
+    def _token_windows(self) -> Tensor:
+        """The calibration windows, read once; `[windows, length]` token ids on the model's device."""
+        if self.windows is None:
+            with self.timed("data"):
+                spec = asdict(self.calibration)
+                self.windows = data.load_windows(spec.pop("data"), self.tokenizer, model=self.model, **spec)
+                data.check_length(self.windows, self.model)
+        return self.windows.ids.to(self.model.device)
+
     def carry_out(self, plan: Plan) -> None:
-        """Cut every decomposition at its rank and put the factors in the model, in place."""
+        """Cut every decomposition at its rank, put the factors in the model, in place, and refine them."""
         from eckart import hf  # imports transformers
 
         groups, entries = resolve(plan, self.layout.targets)
+        keep = self.ledger(plan).keep
+        refiners = [refiner for refiner in self.recipe.make_refiners() if refiner.applies(keep)]
+        # Refiners see the dense weights: one more copy of the targets in memory, but only if one runs.
+        factorised = [name for e in entries if e.rank is not None for name in e.targets] if refiners else []
+        dense = {name: weight_view(self.model.get_submodule(name)) for name in factorised}
+        ids = self._token_windows() if refiners else None  # now: the dense model may be the author of the text
         with self.timed("factorise"):
             work = list(zip(groups, entries, strict=True))
             for group, entry in track(work, "factorise", len(work), self.progress):
                 if entry.rank is not None:
                     factorize_group_(self.model, group, entry, self.decompositions.pop(group.name))
-            dtypes.cast_(self.model, self.stored_dtype)
-            hf.attach_(self.model, hf.specs_of(self.model))
+        for refiner in refiners:
+            assert ids is not None
+            with self.timed("refine"):
+                refiner.refine_(Refinement(self.model, self.layout, plan, dense, ids, self.progress))
+        dtypes.cast_(self.model, self.stored_dtype)
+        hf.attach_(self.model, hf.specs_of(self.model))
 
     def result(self, plan: Plan) -> Compression:
         provenance = make_provenance(
@@ -259,7 +268,8 @@ def decompose(
     assert windows is not None
     statistics: dict[str, Statistics] = {}
     waiting = list(groups)
-    for per_block in sweep(model, layout, windows, factorizer.needs, progress=progress):
+    sharing = {name for group in groups if len(group.targets) > 1 for name in group.names}
+    for per_block in sweep(model, layout, windows, factorizer.needs, whole_gram=sharing, progress=progress):
         statistics.update(per_block)
         ready = [group for group in waiting if all(name in statistics for name in group.names)]
         for group in ready:

@@ -120,16 +120,20 @@ def _near(name: str, known: Mapping[str, Any]) -> str:
 
 def _entry_to_dict(entry: Entry) -> dict[str, Any]:
     rank = "dense" if entry.rank is None else entry.rank
-    return {"targets": list(entry.targets), "rank": rank, "storage": entry.storage}
+    row = {"targets": list(entry.targets), "rank": rank, "storage": entry.storage}
+    return {**row, "details": dict(entry.details)} if entry.details else row
 
 
 def _entry_from_dict(row: Any, source: str) -> Entry:
     if not isinstance(row, dict) or not row.get("targets"):
         raise PlanError(f"{source}: an entry without targets: {row!r}.")
-    unknown = set(row) - {"targets", "rank", "storage"}
+    unknown = set(row) - {"targets", "rank", "storage", "details"}
     if unknown:
         raise PlanError(f"{source}: {row['targets'][0]}: unknown key {min(unknown)!r} in its entry.")
     rank = row.get("rank")
     if rank != "dense" and (not isinstance(rank, int) or isinstance(rank, bool)):
         raise PlanError(f'{source}: {row["targets"][0]}: rank is {rank!r}, but it must be a whole number or "dense".')
-    return Entry(tuple(row["targets"]), None if rank == "dense" else rank, row.get("storage", "pair"))
+    details = row.get("details", {})
+    if not isinstance(details, dict):
+        raise PlanError(f"{source}: {row['targets'][0]}: details is {details!r}, but it must be an object.")
+    return Entry(tuple(row["targets"]), None if rank == "dense" else rank, row.get("storage", "pair"), details)

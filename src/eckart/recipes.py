@@ -1,4 +1,4 @@
-"""Recipes: small named compositions of a factorizer and an allocator. A few lines of data each.
+"""Recipes: small named compositions of parts: grouping, factorizer, allocator, refiners. A few lines of data each.
 
 A user's own recipe is a TOML file with the same keys:
 
@@ -8,11 +8,18 @@ A user's own recipe is a TOML file with the same keys:
 
     [allocator]
     name = "uniform"
+
+    [grouping]
+    size = 2
+
+    [[refiners]]
+    name = "refit_coefficients"
+    min_removed = 0.3
 """
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +27,23 @@ from eckart import registry
 from eckart.allocators.base import Allocator
 from eckart.errors import OptionError
 from eckart.factorizers.base import Factorizer
+from eckart.grouping import Grouping
+from eckart.refiners.base import Refiner
+
+PARTS = ("factorizer", "allocator", "grouping", "refiners")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which parts, with which options. Options that are not named have the part's defaults."""
+    """Which parts, with which options. Options that are not named have the part's defaults.
+
+    `options` maps "factorizer", "allocator", "grouping" and the name of each refiner to its options.
+    """
 
     name: str
     factorizer: str
     allocator: str = "uniform"
+    refiners: tuple[str, ...] = ()
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     about: str = ""
 
@@ -42,12 +57,22 @@ class Recipe:
         allocator: Allocator = registry.make("allocators", self.allocator, self.options.get("allocator"))
         return allocator
 
+    def make_grouping(self) -> Grouping:
+        """Build the grouping; raises `OptionError` for an unknown option."""
+        return registry.build(Grouping, "grouping", self.options.get("grouping"))
+
+    def make_refiners(self) -> list[Refiner]:
+        """Build the refiners, in the order they run; raises `OptionError` for an unknown name or option."""
+        return [registry.make("refiners", name, self.options.get(name)) for name in self.refiners]
+
     def to_dict(self) -> dict[str, Any]:
         """Every part with every option, defaults written out."""
         return {
             "name": self.name,
             "factorizer": describe(self.factorizer, self.make_factorizer()),
             "allocator": describe(self.allocator, self.make_allocator()),
+            "grouping": registry.options_of(self.make_grouping()),
+            "refiners": [describe(n, r) for n, r in zip(self.refiners, self.make_refiners(), strict=True)],
         }
 
 
@@ -58,6 +83,13 @@ BUILT_IN = {
         Recipe("fwsvd", "fwsvd", about="Fisher-weighted SVD (arXiv 2207.00112)"),
         Recipe("asvd", "asvd", about="activation-aware SVD (arXiv 2312.05821), uniform ranks"),
         Recipe("svd-llm", "svd_llm", about="truncation-aware whitening (arXiv 2403.07378), uniform ranks"),
+        Recipe(
+            "basis-sharing",
+            "svd_llm",
+            refiners=("refit_coefficients",),
+            options={"grouping": {"size": 2}},
+            about="one basis for two neighbouring layers (arXiv 2410.03765), uniform ranks",
+        ),
     )
 }
 
@@ -79,12 +111,22 @@ def find(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
 
 def _override(recipe: Recipe, key: str, value: Any) -> Recipe:
     part, _, option = key.partition(".")
-    if part not in ("factorizer", "allocator"):
-        raise OptionError(registry.unknown("part of a recipe", part, ["factorizer", "allocator"]))
+    known = ["factorizer", "allocator", "grouping", *(recipe.refiners if option else ["refiners"])]
+    if part not in known or key == "grouping":
+        raise OptionError(registry.unknown("part of a recipe", part, known))
+    if key == "refiners":
+        return replace(recipe, refiners=_names(value))
     if not option:  # another method for this part: its options start from their defaults
         kept = {name: options for name, options in recipe.options.items() if name != part}
-        return replace(recipe, **{part: str(value)}, options=kept)
+        recipe = replace(recipe, options=kept)
+        return replace(recipe, factorizer=str(value)) if part == "factorizer" else replace(recipe, allocator=str(value))
     return replace(recipe, options={**recipe.options, part: {**recipe.options.get(part, {}), option: value}})
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    """Names of refiners from a comma-separated text or a sequence; "none" and "" are no refiner."""
+    parts = value.split(",") if isinstance(value, str) else list(value)
+    return tuple(part.strip().replace("-", "_") for part in parts if part.strip() not in ("", "none"))
 
 
 def read_file(path: Path) -> Recipe:
@@ -95,13 +137,21 @@ def read_file(path: Path) -> Recipe:
         raise OptionError(f"{path}: no such recipe file.") from None
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise OptionError(f"{path}: cannot be read as a recipe: {error}.") from None
-    if "factorizer" not in data or set(data) - {"factorizer", "allocator", "about"}:
-        raise OptionError(f"{path}: a recipe has the tables [factorizer] and [allocator], and may have 'about'.")
-    parts = {part: dict(data.get(part, {})) for part in ("factorizer", "allocator")}
-    names = {part: str(options.pop("name", "uniform")) for part, options in parts.items()}
-    return Recipe(path.stem, names["factorizer"], names["allocator"], parts, str(data.get("about", "")))
+    if "factorizer" not in data or set(data) - {*PARTS, "about"}:
+        raise OptionError(
+            f"{path}: a recipe has the table [factorizer], and may have [allocator], [grouping], [[refiners]] "
+            "and 'about'."
+        )
+    options = {part: dict(data.get(part, {})) for part in ("factorizer", "allocator", "grouping")}
+    names = {part: str(options[part].pop("name", "uniform")) for part in ("factorizer", "allocator")}
+    refiners = [dict(table) for table in data.get("refiners", ())]
+    order = _names([table.pop("name", "") for table in refiners])
+    if len(order) != len(refiners):
+        raise OptionError(f"{path}: each [[refiners]] table needs a name.")
+    options |= dict(zip(order, refiners, strict=True))
+    return Recipe(path.stem, names["factorizer"], names["allocator"], order, options, str(data.get("about", "")))
 
 
-def describe(name: str, method: Factorizer | Allocator) -> dict[str, Any]:
+def describe(name: str, method: Factorizer | Allocator | Refiner) -> dict[str, Any]:
     """A part with all its options, for plans and provenance."""
-    return {"name": name, **asdict(method)}
+    return {"name": name, **registry.options_of(method)}

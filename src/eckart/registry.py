@@ -9,12 +9,12 @@ import difflib
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from eckart.errors import OptionError
 
 T = TypeVar("T")
-KINDS = ("factorizers", "allocators")
+KINDS = ("factorizers", "allocators", "refiners")
 
 
 def names(kind: str) -> list[str]:
@@ -59,9 +59,13 @@ def _is_method(kind: str, candidate: type) -> bool:
 
 def make(kind: str, name: str, options: Mapping[str, Any] | None = None) -> Any:
     """Build a method from its name and options, each option checked against its field's type."""
-    method = get(kind, name)
+    return build(get(kind, name), name, options)
+
+
+def build(method: type[T], name: str, options: Mapping[str, Any] | None = None) -> T:
+    """Build a dataclass from options, each checked against its field's type; `name` is for messages."""
     hints = get_type_hints(method)
-    fields = {field.name for field in dataclasses.fields(method)}
+    fields = {field.name for field in dataclasses.fields(method)}  # type: ignore[arg-type]
     checked = {}
     for key, value in (options or {}).items():
         if key not in fields:
@@ -75,6 +79,12 @@ def options(kind: str, name: str) -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(get(kind, name))}
 
 
+def options_of(method: Any) -> dict[str, Any]:
+    """`{option: value}` of a method that was built; tuples as lists, as JSON has them."""
+    values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
 def unknown(what: str, name: str, known: list[str]) -> str:
     """The text for a name that nobody knows: the nearest one first, then all."""
     close = difflib.get_close_matches(name, known, n=1)
@@ -84,6 +94,8 @@ def unknown(what: str, name: str, known: list[str]) -> str:
 
 def _coerce(what: str, value: Any, hint: Any) -> Any:
     """Text from a command line to the type of the field; other values are only checked."""
+    if get_origin(hint) is tuple:
+        return tuple(value.split(",")) if isinstance(value, str) else tuple(value)
     allowed = get_args(hint) or (hint,)
     if all(isinstance(choice, str) for choice in allowed):  # a Literal
         if value in allowed:

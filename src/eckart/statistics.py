@@ -36,6 +36,7 @@ class Gram:
         self.matrix = torch.zeros(size, size, dtype=torch.float64, device=device)
         self.tokens = 0
         self._sides: dict[float, Side] = {}
+        self._totals: dict[tuple[Gram, ...], Gram] = {}
 
     def add_(self, x: Tensor) -> None:
         """Add the tokens of `x`, `[..., k]`."""
@@ -49,6 +50,15 @@ class Gram:
         if damping not in self._sides:
             self._sides[damping] = Side(gram=self.matrix, damping=damping)
         return self._sides[damping]
+
+    def plus(self, others: "tuple[Gram, ...]") -> "Gram":
+        """The sum with other Grams. Made once, so that q, k and v of one group share its root, too."""
+        if others and others not in self._totals:
+            total = Gram(len(self.matrix), self.matrix.device)
+            total.matrix = torch.stack([gram.matrix for gram in (self, *others)]).sum(0)
+            total.tokens = self.tokens + sum(gram.tokens for gram in others)
+            self._totals[others] = total
+        return self._totals[others] if others else self
 
 
 @dataclass
@@ -87,14 +97,10 @@ class GroupStatistics:
 
     def input_side(self, damping: float) -> Side | None:
         """The summed input Gram of the members as a side of a metric, or None if it was not collected."""
-        grams = [member.input_gram for member in self.members]
-        if any(gram is None for gram in grams):
+        grams = tuple(member.input_gram for member in self.members if member.input_gram is not None)
+        if len(grams) < len(self.members):
             return None
-        if len(grams) == 1:
-            assert grams[0] is not None
-            return grams[0].side(damping)
-        total = torch.stack([gram.matrix for gram in grams if gram is not None]).sum(0)
-        return Side(gram=total, damping=damping)
+        return grams[0].plus(grams[1:]).side(damping)
 
     def input_metric(self, weight: Tensor, damping: float) -> Metric:
         """The SVD-LLM metric: errors weighed by the input Gram, whichever side it was collected on."""

@@ -10,7 +10,7 @@ inputs and gradients together, so that the Grams of one block are in memory, not
 gradient is ever formed by autograd.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -37,6 +37,7 @@ def sweep(
     windows: Tensor,
     needs: Iterable[Need],
     *,
+    whole_gram: Collection[str] = (),
     batch_tokens: int = BATCH_TOKENS,
     seed: int = 0,
     progress: Progress = silent,
@@ -44,8 +45,9 @@ def sweep(
     """Yield `{target name: statistics}` for one block after another.
 
     `windows` is `[windows, length]` token ids. Blocks come in forward order, or in backward order if
-    a gradient statistic is among the needs. `seed` draws the labels of `Need.GRADIENT_GRAM`. Raises
-    `NumericalError` naming the module where NaN or infinity first appears.
+    a gradient statistic is among the needs. `seed` draws the labels of `Need.GRADIENT_GRAM`.
+    `whole_gram` names targets that get their input Gram even where their output Gram is smaller: those
+    that will share a basis. Raises `NumericalError` naming the module where NaN or infinity first appears.
     """
     needs = frozenset(needs)
     blocks = layout.block_list(model)
@@ -53,7 +55,7 @@ def sweep(
     stream = open_stream(model, blocks, split_batches(windows, batch_tokens))
     if not needs & GRADIENT_NEEDS:
         for index in track(range(len(blocks)), "calibrate", len(blocks), progress):
-            yield _forward_block(blocks[index], targets[index], stream, needs)
+            yield _forward_block(blocks[index], targets[index], stream, needs, whole_gram)
         return
     entrances = []
     for index in track(range(len(blocks)), "calibrate", len(blocks), progress):
@@ -63,11 +65,15 @@ def sweep(
     gradients = loss_gradients(model, blocks, stream, draws, progress)
     for index in track(reversed(range(len(blocks))), "gradients", len(blocks), progress):
         calls = [per_batch[index] for per_batch in stream.calls]
-        yield backward_block(blocks[index], targets[index], entrances.pop(), calls, gradients, needs)
+        yield backward_block(blocks[index], targets[index], entrances.pop(), calls, gradients, needs, whole_gram)
 
 
 def _forward_block(
-    block: nn.Module, targets: Sequence[Target], stream: Stream, needs: frozenset[Need]
+    block: nn.Module,
+    targets: Sequence[Target],
+    stream: Stream,
+    needs: frozenset[Need],
+    whole_gram: Collection[str] = (),
 ) -> dict[str, Statistics]:
     """Run one block on every batch, collect, and move the stream past it."""
     result = {target.name: Statistics() for target in targets}
@@ -75,7 +81,7 @@ def _forward_block(
         for index, hidden, call in stream.inputs():
             stream.hidden[index] = call.run(block, hidden)
             for x, members in recorder.by_input():
-                collect_input(x, members, block, result, needs)
+                collect_input(x, members, block, result, needs, whole_gram)
     stream.position += 1
     for target in targets:
         finish_inputs(target, result[target.name], needs)

@@ -4,7 +4,9 @@ Axis words in shapes: `out`, `in`, `rank`, `tokens`, `batch`, `seq`. A weight is
 `nn.Linear`: `y = W x + b`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -84,11 +86,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Entry:
-    """What a plan says of one group: its members, its rank (`None`: stay dense), its storage."""
+    """What a plan says of one group: its members, its rank (`None`: stay dense), its storage.
+
+    `details` is for people: figures behind the choice. It changes nothing and is not compared.
+    """
 
     targets: tuple[str, ...]
     rank: int | None
     storage: str = "pair"
+    details: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def name(self) -> str:

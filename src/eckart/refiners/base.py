@@ -1,0 +1,51 @@
+"""The contract of a refiner: it changes the factors of a compressed model, in place, and nothing else.
+
+Ranks, storage, sharing and the targets that stayed dense remain as the plan says.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from eckart.discovery import Layout
+from eckart.plans import Plan
+from eckart.progress import Progress, silent
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What a refiner works on.
+
+    `model` is the compressed model, in computing precision. `dense_weights` maps the name of every
+    factorised target to its weight `[out, in]` before compression: with it a dense block can be run
+    again, at the price of the dense targets in memory beside their factors. `windows` is `[windows,
+    length]` token ids on the model's device, those that the statistics came from.
+    """
+
+    model: nn.Module
+    layout: Layout
+    plan: Plan
+    dense_weights: Mapping[str, Tensor]
+    windows: Tensor
+    progress: Progress = silent
+
+
+@dataclass(frozen=True)
+class Refiner(ABC):
+    """Improves factors that are in place. The fields of the dataclass are the method's options."""
+
+    def applies(self, keep: float) -> bool:
+        """Whether to run at all when the share `keep` of the targets' parameters is left."""
+        return True
+
+    @abstractmethod
+    def refine_(self, work: Refinement) -> None:
+        """Change the factors of `work.model` in place.
+
+        Raises `NumericalError` naming the module when a result is not finite.
+        """

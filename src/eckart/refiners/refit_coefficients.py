@@ -1,0 +1,73 @@
+"""Refit: every basis stays, all coefficients are fitted anew to what the compressed model feeds them."""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+from eckart.errors import NumericalError, OptionError
+from eckart.linalg import DAMPING
+from eckart.linear import FactorizedLinear
+from eckart.refiners.base import Refinement, Refiner
+from eckart.statistics import Need
+from eckart.sweep import sweep
+
+Tensor = torch.Tensor
+
+
+@final
+@dataclass(frozen=True)
+class RefitCoefficients(Refiner):
+    """Minimises `||(W - C B) X'||_F` over C with X' the inputs in the compressed model (D-Rank, arXiv 2509.25622).
+
+    One shot, as in Basis Sharing (arXiv 2410.03765): all X' come from one run of the model as it was
+    before any refit. Each member of a group is fitted to its own inputs. It runs when at least
+    `min_removed` of the parameters are gone; below, the papers do not update. `damping` times the
+    mean diagonal of `B X'X'^T B^T` holds the coefficients to their old values.
+    """
+
+    min_removed: float = 0.4
+    damping: float = DAMPING
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_removed <= 1:
+            raise OptionError(f"refit_coefficients.min_removed is {self.min_removed:g}, but must lie in [0, 1].")
+        if not self.damping > 0:
+            raise OptionError(f"refit_coefficients.damping is {self.damping:g}, but must be positive.")
+
+    def applies(self, keep: float) -> bool:
+        return keep <= 1 - self.min_removed + 1e-9
+
+    @torch.no_grad()
+    def refine_(self, work: Refinement) -> None:
+        # The sweep has taken a block's outputs before it yields the block, so a refit here reaches no later X'.
+        for per_block in sweep(work.model, work.layout, work.windows, (Need.INPUT_GRAM,), progress=work.progress):
+            for name, statistics in per_block.items():
+                layer = work.model.get_submodule(name)
+                if isinstance(layer, FactorizedLinear) and name in work.dense_weights:
+                    assert statistics.input_gram is not None
+                    refitted = refit(
+                        work.dense_weights[name],
+                        layer.basis.weight,
+                        layer.coefficients.weight,
+                        statistics.input_gram.matrix,
+                        self.damping,
+                    )
+                    if not torch.isfinite(refitted).all():
+                        raise NumericalError(f"{name}: NaN or infinity in its refitted coefficients.")
+                    layer.coefficients.weight.copy_(refitted)
+
+
+def refit(weight: Tensor, basis: Tensor, coefficients: Tensor, gram: Tensor, damping: float) -> Tensor:
+    """`C + (W - C B) G B^T (B G B^T + d I)^-1`, the damped least-squares coefficients, float64 `[out, rank]`.
+
+    `weight` is `[out, in]`, `basis` B `[rank, in]`, `coefficients` C `[out, rank]`, `gram` G `[in, in]`.
+    """
+    weight, basis, coefficients = weight.double(), basis.double(), coefficients.double()
+    seen = gram @ basis.T  # [in, rank]
+    inner = basis @ seen
+    mean = inner.diagonal().mean()
+    inner.diagonal().add_(damping * (mean if mean > 0 else 1.0))
+    residual = (weight - coefficients @ basis) @ seen
+    correction: Tensor = torch.linalg.solve(inner, residual.T).T
+    return coefficients + correction
