@@ -6,6 +6,7 @@ from eckart import registry
 from eckart.checks import check_allocator, check_factorizer, check_refiner
 from eckart.errors import OptionError
 from eckart.recipes import BUILT_IN, find
+from eckart.testing import check_allocator, check_factorizer
 
 
 @pytest.mark.parametrize("name", registry.names("factorizers"))

@@ -1,12 +1,16 @@
-"""Tiny random models and a tiny tokenizer, for tests without a network: this package's, and yours."""
+"""For tests, this package's and yours: tiny random models, a tiny tokenizer, and the contract checks."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from eckart.checks import check_allocator, check_factorizer
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+__all__ = ["check_allocator", "check_factorizer", "tiny_model", "tiny_models", "tiny_tokenizer"]
 
 VOCABULARY = 128
 _LLAMA: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
