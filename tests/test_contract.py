@@ -3,10 +3,9 @@
 import pytest
 
 from eckart import registry
-from eckart.checks import check_allocator, check_factorizer, check_refiner
 from eckart.errors import OptionError
 from eckart.recipes import BUILT_IN, find
-from eckart.testing import check_allocator, check_factorizer
+from eckart.testing import check_allocator, check_factorizer, check_refiner
 
 
 @pytest.mark.parametrize("name", registry.names("factorizers"))

@@ -51,8 +51,8 @@ def _choose_grams(
 ) -> None:
     """Give the linears that share an input one input Gram, or an output Gram each if that is smaller.
 
-    Only a wide or square matrix with a basis of its own can do with its output Gram (identities 1 and 2: with out <= in the
-    eigenproblem of `W H W^T` is the smaller one).
+    Only a wide or square matrix with a basis of its own can do with its output Gram (identities 1
+    and 2: with out <= in the eigenproblem of `W H W^T` is the smaller one).
     """
     if not needs & {Need.INPUT_GRAM, Need.SMALLER_GRAM}:
         return

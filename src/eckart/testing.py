@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eckart.checks import check_allocator, check_factorizer
+from eckart.checks import check_allocator, check_factorizer, check_refiner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["check_allocator", "check_factorizer", "tiny_model", "tiny_models", "tiny_tokenizer"]
+__all__ = ["check_allocator", "check_factorizer", "check_refiner", "tiny_model", "tiny_models", "tiny_tokenizer"]
 
 VOCABULARY = 128
 _LLAMA: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
