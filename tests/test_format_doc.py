@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from eckart import checkpoint, hf
 from eckart.discovery import discover
-from eckart.linear import FactorizedLinear
+from eckart.linear import FactorizedLinear, KeptColumnsLinear
 from eckart.testing import tiny_models
 
 PAGE = (Path(__file__).parent.parent / "docs/format.md").read_text(encoding="utf-8")
@@ -31,19 +31,33 @@ def write_by_the_page(folder: Path) -> dict[str, torch.Tensor]:
     bases: dict[str, torch.Tensor] = {}
     for name, spec in quantization["modules"].items():
         out_features, in_features = state.pop(f"{name}.weight").shape
-        owner = spec.get("basis_of", name)
-        bases.setdefault(owner, torch.randn(spec["rank"], in_features))
+        owner, kept = spec.get("basis_of", name), spec.get("kept", 0)
+        bases.setdefault(owner, torch.randn(spec["rank"], in_features - kept))
         coefficients = torch.randn(out_features, spec["rank"])
         state[f"{owner}.basis.weight"] = bases[owner]
         state[f"{name}.coefficients.weight"] = coefficients
         if f"{name}.bias" in state:
             state[f"{name}.coefficients.bias"] = state.pop(f"{name}.bias")
         products[name] = coefficients @ bases[owner]
+        if spec["storage"] == "columns":
+            products[name] = write_columns(state, name, products[name], kept)
     state[f"{min(quantization['modules'])}.weight"] = torch.zeros(0)
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
     return products
+
+
+def write_columns(state: dict[str, torch.Tensor], name: str, rest: torch.Tensor, kept: int) -> torch.Tensor:
+    """Keep every second of the first inputs; returns the layer's whole weight, `[out, in]`."""
+    in_features = rest.shape[1] + kept
+    kept_index = torch.arange(kept) * 2
+    rest_index = torch.tensor([i for i in range(in_features) if i not in kept_index.tolist()])
+    state[f"{name}.kept.weight"] = torch.randn(len(rest), kept)
+    state[f"{name}.column_order"] = torch.cat([rest_index, kept_index]).int()
+    whole = torch.empty(len(rest), in_features)
+    whole[:, rest_index], whole[:, kept_index] = rest, state[f"{name}.kept.weight"]
+    return whole
 
 
 def test_the_example_loads_as_a_checkpoint(tmp_path: Path) -> None:
@@ -66,7 +80,7 @@ def test_the_writer_keeps_to_the_page(tmp_path: Path) -> None:
 
 
 def test_the_page_names_every_factorised_key() -> None:
-    keys = FactorizedLinear(4, 4, 2, bias=True).state_dict()
+    keys = [*FactorizedLinear(4, 4, 2, bias=True).state_dict(), *KeptColumnsLinear(4, 4, 2, 1, bias=True).state_dict()]
     assert {f"<layer>.{key}" for key in keys} <= set(re.findall(r"`(<layer>[\w.]+)`", PAGE))
     assert f"version {hf.FORMAT_VERSION}" in PAGE.splitlines()[0]
 

@@ -211,20 +211,22 @@ def _difference(plan: Plan, specs: Mapping[str, Mapping[str, Any]]) -> str:
     for name, spec in specs.items():
         sharing.setdefault(spec.get("basis_of", name), []).append(name)
     built = {
-        name: (spec.get("rank"), spec.get("storage"), sorted(sharing[spec.get("basis_of", name)]))
+        name: (spec.get("rank"), spec.get("storage"), sorted(sharing[spec.get("basis_of", name)]), spec.get("kept", 0))
         for name, spec in specs.items()
     }
     planned = {
-        name: (entry.rank, entry.storage, sorted(entry.targets))
+        name: (entry.rank, entry.storage, sorted(entry.targets), entry.kept or 0)
         for entry in plan.entries
         if entry.rank is not None
         for name in entry.targets
     }
 
-    def say(layer: tuple[Any, Any, list[str]] | None) -> str:
+    def say(layer: tuple[Any, Any, list[str], Any] | None) -> str:
         if layer is None:
             return "dense"
-        return f"rank {layer[0]}, storage {layer[1]!r}, basis of {' and '.join(layer[2])}"
+        return f"rank {layer[0]}, storage {layer[1]!r}, basis of {' and '.join(layer[2])}" + (
+            f", {layer[3]} columns kept" if layer[3] else ""
+        )
 
     for name in sorted(planned.keys() | built.keys()):
         if planned.get(name) != built.get(name):

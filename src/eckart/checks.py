@@ -64,7 +64,7 @@ def check_allocator(allocator: Allocator) -> None:
 def check_entries(groups: Sequence[Group], entries: Sequence[Entry], keep: float, multiple: int) -> None:
     """What holds for the entries of every plan."""
     assert [e.targets for e in entries] == [g.names for g in groups], "entries do not match the spectra"
-    spent = sum(ledger.parameters(g, e.rank, e.storage) for g, e in zip(groups, entries, strict=True))
+    spent = sum(ledger.parameters(g, e.rank, e.storage, e.kept) for g, e in zip(groups, entries, strict=True))
     allowed = ledger.allowed_parameters(groups, keep)
     assert spent <= allowed, f"{spent} parameters spent of {allowed}"
     for group, entry in zip(groups, entries, strict=True):

@@ -12,19 +12,36 @@ from math import floor
 from eckart.errors import BudgetError, PlanError
 from eckart.types import Entry, Group
 
-STORAGES = ("pair",)
+STORAGES = ("pair", "columns")
+INDEX_BYTES = 4  # of one entry of an index, int32
 
 
-def parameters(group: Group, rank: int | None, storage: str = "pair") -> int:
+def parameters(group: Group, rank: int | None, storage: str = "pair", kept: int | None = None) -> int:
     """Stored parameters of a group at a rank; `None` is dense.
 
-    A pair stores `rank * (in + sum of out)`: a basis shared by the group is counted once.
+    A pair stores `rank * (in + sum of out)`: a basis shared by the group is counted once. Storage
+    "columns" with `kept` columns stores `sum of out * kept + rank * (in + sum of out - kept)`, and no
+    more than the pair while their number is still open (`None`).
     """
     if rank is None:
         return group.parameters
+    if storage == "columns" and kept:
+        return kept * group.out_features + rank * (group.in_features + group.out_features - kept)
+    if storage == "columns":
+        storage = "pair"
     if storage == "pair":
         return rank * (group.in_features + group.out_features)
     raise PlanError(f"{group.name}: storage {storage!r} is unknown. Known: {', '.join(STORAGES)}.")
+
+
+def index_bytes(group: Group, rank: int | None, storage: str = "pair", kept: int | None = None) -> int:
+    """Bytes of the index arrays of a storage, which are not parameters.
+
+    A layer with preserved columns stores the order of its input columns, one int32 each.
+    """
+    if rank is None or storage != "columns" or not kept:
+        return 0
+    return INDEX_BYTES * group.in_features * len(group.targets)
 
 
 def largest_rank(group: Group, allowance: Fraction | int, storage: str = "pair") -> int:
@@ -59,7 +76,7 @@ def check_reachable(groups: Sequence[Group], keep: float, rank_multiple: int = 1
 
 @dataclass(frozen=True)
 class Ledger:
-    """What a plan costs. `*_parameters` count numbers, `*_bytes` bytes at the model's dtype."""
+    """What a plan costs. `*_parameters` count numbers, `*_bytes` bytes at the model's dtype, indices included."""
 
     target_parameters_dense: int
     target_parameters_kept: int
@@ -87,11 +104,12 @@ def make_ledger(groups: Iterable[Group], entries: Iterable[Entry], model_paramet
 
     `bytes_each` is the size of one parameter of the model's dtype.
     """
-    by_name = {group.name: group for group in groups}
+    by_name, entries = {group.name: group for group in groups}, list(entries)
     dense = sum(group.parameters for group in by_name.values())
-    kept = sum(parameters(by_name[e.name], e.rank, e.storage) for e in entries)
+    kept = sum(parameters(by_name[e.name], e.rank, e.storage, e.kept) for e in entries)
+    index = sum(index_bytes(by_name[e.name], e.rank, e.storage, e.kept) for e in entries)
     whole = model_parameters - dense + kept
-    return Ledger(dense, kept, model_parameters, whole, model_parameters * bytes_each, whole * bytes_each)
+    return Ledger(dense, kept, model_parameters, whole, model_parameters * bytes_each, whole * bytes_each + index)
 
 
 def assert_within(ledger: Ledger, keep: float) -> None:

@@ -2,7 +2,8 @@
 
 Checkpoints are read through this file too, so its parameter names are part of the format
 (`docs/format.md`): `<layer>.basis.weight` `[rank, in]`, `<layer>.coefficients.weight` `[out, rank]`,
-`<layer>.coefficients.bias` `[out]`.
+`<layer>.coefficients.bias` `[out]`; with preserved columns also `<layer>.kept.weight` `[out, kept]` and
+`<layer>.column_order` `[in]`.
 """
 
 from collections.abc import Mapping
@@ -77,16 +78,61 @@ class FactorizedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
+class KeptColumnsLinear(FactorizedLinear):
+    """`y = coefficients (basis x_rest) + kept x_kept + bias`: a factorised layer with `kept` preserved columns.
+
+    `column_order` `[in]`, int32, names the input columns: first those of the basis, then the kept
+    ones, each part rising. So the input is gathered once and both products read a slice of it
+    (`benchmarks/kept_columns.py`); and no index has to be derived after loading.
+    """
+
+    column_order: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        kept: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features - kept, out_features, rank, bias, device, dtype)
+        self.in_features, self.kept_columns = in_features, kept
+        self.kept = nn.Linear(kept, out_features, bias=False, device=device, dtype=dtype)
+        self.register_buffer("column_order", torch.arange(in_features, dtype=torch.int32, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in]` to `[..., out]`."""
+        x = x.index_select(-1, self.column_order)
+        remaining = self.in_features - self.kept_columns
+        y: Tensor = self.coefficients(self.basis(x[..., :remaining])) + self.kept(x[..., remaining:])
+        return y
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole `[out, in]`, computed; for model code that reads it. Read only."""
+        parts = torch.cat([self.coefficients.weight @ self.basis.weight, self.kept.weight], dim=1)
+        return parts.index_select(1, self.column_order.long().argsort())
+
+    def spec(self) -> dict[str, Any]:
+        return {"storage": "columns", "rank": self.rank, "kept": self.kept_columns}
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, kept={self.kept_columns}"
+
+
 def empty_like(module: nn.Module, spec: Mapping[str, Any]) -> FactorizedLinear:
     """A factorised layer in the place of the dense `module`, same device, dtype and mode, weights not yet set.
 
-    `spec` is the layer's entry in a checkpoint's configuration: `{"storage": "pair", "rank": r}`. This is
-    the only place that knows how each storage is built. Raises `ValueError` for a storage or rank that
-    cannot be.
+    `spec` is the layer's entry in a checkpoint's configuration: `{"storage": "pair", "rank": r}` or
+    `{"storage": "columns", "rank": r, "kept": c}`. This is the only place that knows how each storage is
+    built. Raises `ValueError` for a storage, rank or number of columns that cannot be.
     """
     out_features, in_features = weight_view(module).shape
     storage, rank, full = spec.get("storage"), spec.get("rank"), min(out_features, in_features)
-    if storage != "pair":
+    if storage not in ("pair", "columns"):
         raise ValueError(f"storage is {storage!r}, which this eckart does not know; install a newer one.")
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= full:
         raise ValueError(
@@ -94,12 +140,23 @@ def empty_like(module: nn.Module, spec: Mapping[str, Any]) -> FactorizedLinear:
             f"{out_features} x {in_features}."
         )
     weight: Tensor = module.weight  # type: ignore[assignment]
+    bias = module.bias is not None
     # By way of meta: building on the device would draw random weights, in time and from the caller's generator.
-    new = FactorizedLinear(in_features, out_features, rank, module.bias is not None, "meta", weight.dtype)
+    if storage == "pair":
+        new = FactorizedLinear(in_features, out_features, rank, bias, "meta", weight.dtype)
+    else:
+        kept = _checked_kept(spec.get("kept"), in_features - rank)
+        new = KeptColumnsLinear(in_features, out_features, rank, kept, bias, "meta", weight.dtype)
     if not weight.is_meta:
         new.to_empty(device=weight.device)
     new.requires_grad_(weight.requires_grad)
     return new.train(module.training)
+
+
+def _checked_kept(kept: Any, most: int) -> int:
+    if not isinstance(kept, int) or isinstance(kept, bool) or not 1 <= kept <= most:
+        raise ValueError(f"kept is {kept!r}, but it must be a whole number in [1, {most}], which is in - rank.")
+    return kept
 
 
 def swap_(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
@@ -112,26 +169,50 @@ def swap_(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def factorize_(model: nn.Module, name: str, basis: Tensor, coefficients: Tensor) -> FactorizedLinear:
+def factorize_(
+    model: nn.Module,
+    name: str,
+    basis: Tensor,
+    coefficients: Tensor,
+    kept_index: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> FactorizedLinear:
     """Replace the linear layer `name` by its factors, keeping bias, device, dtype and mode.
 
-    `basis` is `[rank, in]`, `coefficients` `[out, rank]`. Raises `ValueError` for any other shape.
+    `basis` is `[rank, in]`, `coefficients` `[out, rank]`; with preserved columns at `kept_index`
+    `[kept]`, `kept` is `[out, kept]` and `basis` `[rank, in - kept]`. Raises `ValueError` for any other
+    shape.
     """
     old = model.get_submodule(name)
     out_features, in_features = weight_view(old).shape
-    rank = basis.shape[0]
-    if basis.shape != (rank, in_features) or coefficients.shape != (out_features, rank):
+    rank, columns = basis.shape[0], 0 if kept is None else kept.shape[1]
+    if basis.shape != (rank, in_features - columns) or coefficients.shape != (out_features, rank):
         raise ValueError(
             f"{name}: basis is {list(basis.shape)} and coefficients {list(coefficients.shape)}, but a weight "
-            f"[{out_features}, {in_features}] needs [rank, {in_features}] and [{out_features}, rank]."
+            f"[{out_features}, {in_features}] with {columns} preserved columns needs "
+            f"[rank, {in_features - columns}] and [{out_features}, rank]."
         )
-    new = empty_like(old, {"storage": "pair", "rank": rank})
+    spec = {"storage": "pair", "rank": rank}
+    new = empty_like(old, {"storage": "columns", "rank": rank, "kept": columns} if columns else spec)
+    if isinstance(new, KeptColumnsLinear):
+        assert kept is not None
+        new.column_order.copy_(_order(kept_index, columns, in_features))
+        new.kept.weight.copy_(kept)
     new.basis.weight.copy_(basis)
     new.coefficients.weight.copy_(coefficients)
     if old.bias is not None:
         new.coefficients.bias.copy_(old.bias)  # type: ignore[arg-type]
     swap_(model, name, new)
     return new
+
+
+def _order(kept_index: Tensor | None, kept: int, in_features: int) -> Tensor:
+    """All columns, `[in]`: the remaining ones, then the kept ones."""
+    if kept_index is None or kept_index.shape != (kept,) or (kept_index.diff() <= 0).any():
+        raise ValueError(f"{kept} preserved columns need as many rising positions in kept_index.")
+    is_kept = torch.zeros(in_features, dtype=torch.bool, device=kept_index.device)
+    is_kept[kept_index.long()] = True
+    return torch.cat([(~is_kept).nonzero()[:, 0], kept_index.long()])
 
 
 def share_basis_(owner: FactorizedLinear, user: FactorizedLinear) -> None:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,7 +177,7 @@ class _Run:
         spectra = [self.decompositions[group.name].spectrum for group in groups]
         with self.timed("allocate"):
             entries = self.recipe.make_allocator().allocate(spectra, Budget(keep, rank_multiple))
-            entries = [with_density(e, s) for e, s in zip(entries, spectra, strict=True)]
+            entries = self._settle([with_density(e, s) for e, s in zip(entries, spectra, strict=True)])
         made = Plan(tuple(entries), {"keep": keep, "rank_multiple": rank_multiple}, {}, self.recipe.to_dict())
         reached = self.ledger(made)
         ledger.assert_within(reached, keep)
@@ -188,7 +188,12 @@ class _Run:
         given = plan if isinstance(plan, Plan) else Plan.load(plan)
         groups, entries = resolve(given, self.layout.targets)
         self._decompose([g for g, e in zip(groups, entries, strict=True) if e.rank is not None])
-        return Plan(tuple(entries), given.asked, self.ledger(given).to_dict(), given.made_by)
+        settled = Plan(tuple(self._settle(entries)), given.asked, {}, given.made_by)
+        return replace(settled, reached=self.ledger(settled).to_dict())
+
+    def _settle(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Let the decompositions decide what the allocator left to them (preserved columns)."""
+        return [e if e.rank is None else self.decompositions[e.name].settle(e) for e in entries]
 
     def ledger(self, plan: Plan) -> Ledger:
         groups, entries = resolve(plan, self.layout.targets)
@@ -285,10 +290,11 @@ def decompose(
 def factorize_group_(model: nn.Module, group: Group, entry: Entry, decomposition: GroupDecomposition) -> None:
     """Replace the members of a group by their factors at the entry's rank; they share the basis."""
     assert entry.rank is not None
-    factors = decomposition.truncate(entry.rank)
+    factors = decomposition.truncate(entry.rank, entry.kept)
+    strips = factors.kept or (None,) * len(group.targets)
     made = [
-        factorize_(model, name, factors.basis, coefficients)
-        for name, coefficients in zip(group.names, factors.coefficients, strict=True)
+        factorize_(model, name, factors.basis, coefficients, factors.kept_index, strip)
+        for name, coefficients, strip in zip(group.names, factors.coefficients, strips, strict=True)
     ]
     for other in made[1:]:
         share_basis_(made[0], other)

@@ -80,7 +80,7 @@ def resolve(plan: Plan, targets: Sequence[Target]) -> tuple[list[Group], list[En
 
     Targets that the plan does not name come back dense, each in a group of its own. Raises
     `PlanError` for an unknown or repeated target, a rank outside `[1, full rank]`, an unknown
-    storage, or a shared basis over different input sizes.
+    storage, more preserved columns than fit, or a shared basis over different input sizes.
     """
     by_name = {target.name: target for target in targets}
     groups, entries, seen = [], [], set()
@@ -110,7 +110,13 @@ def _check_entry(group: Group, entry: Entry) -> None:
             f"{entry.name}: rank {entry.rank} in the plan, but it must lie in [1, {group.full_rank}], "
             f"the full rank of a {group.out_features} x {group.in_features} matrix."
         )
-    ledger.parameters(group, entry.rank, entry.storage)  # raises for an unknown storage
+    most = 0 if entry.rank is None or entry.storage != "columns" else group.in_features - entry.rank
+    if entry.kept is not None and entry.kept > most:
+        raise PlanError(
+            f"{entry.name}: {entry.kept} preserved columns in the plan, but at most {most} fit: they need storage "
+            f'"columns" and leave at least {entry.rank} of {group.in_features} columns to the basis.'
+        )
+    ledger.parameters(group, entry.rank, entry.storage, entry.kept)  # raises for an unknown storage
 
 
 def _near(name: str, known: Mapping[str, Any]) -> str:
@@ -120,20 +126,27 @@ def _near(name: str, known: Mapping[str, Any]) -> str:
 
 def _entry_to_dict(entry: Entry) -> dict[str, Any]:
     rank = "dense" if entry.rank is None else entry.rank
-    row = {"targets": list(entry.targets), "rank": rank, "storage": entry.storage}
+    row: dict[str, Any] = {"targets": list(entry.targets), "rank": rank, "storage": entry.storage}
+    if entry.kept is not None:
+        row["kept"] = entry.kept
     return {**row, "details": dict(entry.details)} if entry.details else row
 
 
 def _entry_from_dict(row: Any, source: str) -> Entry:
     if not isinstance(row, dict) or not row.get("targets"):
         raise PlanError(f"{source}: an entry without targets: {row!r}.")
-    unknown = set(row) - {"targets", "rank", "storage", "details"}
+    unknown = set(row) - {"targets", "rank", "storage", "kept", "details"}
     if unknown:
         raise PlanError(f"{source}: {row['targets'][0]}: unknown key {min(unknown)!r} in its entry.")
     rank = row.get("rank")
     if rank != "dense" and (not isinstance(rank, int) or isinstance(rank, bool)):
         raise PlanError(f'{source}: {row["targets"][0]}: rank is {rank!r}, but it must be a whole number or "dense".')
+    kept = row.get("kept")
+    if kept is not None and (not isinstance(kept, int) or isinstance(kept, bool) or kept < 0):
+        raise PlanError(
+            f"{source}: {row['targets'][0]}: kept is {kept!r}, but it must be a number of columns, or absent."
+        )
     details = row.get("details", {})
     if not isinstance(details, dict):
         raise PlanError(f"{source}: {row['targets'][0]}: details is {details!r}, but it must be an object.")
-    return Entry(tuple(row["targets"]), None if rank == "dense" else rank, row.get("storage", "pair"), details)
+    return Entry(tuple(row["targets"]), None if rank == "dense" else rank, row.get("storage", "pair"), kept, details)

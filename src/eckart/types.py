@@ -88,12 +88,17 @@ class Group:
 class Entry:
     """What a plan says of one group: its members, its rank (`None`: stay dense), its storage.
 
+    `kept` is the number of input columns that stay exact beside the factors (storage "columns").
+    `None` leaves it to the factorizer, which may then trade ranks for columns at no more parameters
+    than a pair of rank `rank`; 0 means none.
+
     `details` is for people: figures behind the choice. It changes nothing and is not compared.
     """
 
     targets: tuple[str, ...]
     rank: int | None
     storage: str = "pair"
+    kept: int | None = None
     details: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -126,11 +131,15 @@ class Spectrum:
 class Factors:
     """A cut decomposition: `coefficients[i] @ basis` approximates the weight of member i.
 
-    `basis` is `[rank, in]`; `coefficients[i]` is `[out_i, rank]`.
+    `basis` is `[rank, in]`; `coefficients[i]` is `[out_i, rank]`. With preserved columns,
+    `kept_index` `[kept]` holds their positions, rising, `kept[i]` `[out_i, kept]` their strip of the
+    weight, and `basis` is `[rank, in - kept]`, over the other columns in their order.
     """
 
     basis: Tensor
     coefficients: tuple[Tensor, ...]
+    kept_index: Tensor | None = None
+    kept: tuple[Tensor, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -138,7 +147,14 @@ class Factors:
 
     def product(self) -> Tensor:
         """The stacked approximation, `[sum of out_i, in]`."""
-        return torch.cat(self.coefficients) @ self.basis
+        low_rank = torch.cat(self.coefficients) @ self.basis
+        if self.kept_index is None:
+            return low_rank
+        product = low_rank.new_empty(low_rank.shape[0], low_rank.shape[1] + len(self.kept_index))
+        remaining = torch.ones(product.shape[1], dtype=torch.bool, device=product.device)
+        remaining[self.kept_index] = False
+        product[:, remaining], product[:, self.kept_index] = low_rank, torch.cat(self.kept)
+        return product
 
 
 @dataclass(frozen=True)

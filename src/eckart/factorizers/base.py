@@ -11,10 +11,10 @@ from typing import ClassVar
 
 import torch
 
-from eckart.errors import NumericalError
+from eckart.errors import NumericalError, PlanError
 from eckart.linalg import Decomposition, Metric
 from eckart.statistics import GroupStatistics, Need
-from eckart.types import Factors, Group, Spectrum
+from eckart.types import Entry, Factors, Group, Spectrum
 
 Tensor = torch.Tensor
 
@@ -27,8 +27,20 @@ class GroupDecomposition:
         self.decomposition = decomposition
         self.spectrum = Spectrum(group, decomposition.values.cpu())
 
-    def truncate(self, rank: int) -> Factors:
-        """Factors of the best replacement of rank `rank`, 1 <= rank <= full rank."""
+    def settle(self, entry: Entry) -> Entry:
+        """The entry with everything decided that an allocator left open; here there is nothing."""
+        return entry
+
+    def truncate(self, rank: int, kept: int | None = None) -> Factors:
+        """Factors of the best replacement of rank `rank`, 1 <= rank <= full rank, with `kept` columns exact.
+
+        Raises `PlanError` for preserved columns, which only a column-preserving factorizer can choose.
+        """
+        if kept:
+            raise PlanError(
+                f"{self.group.name}: {kept} preserved columns in the plan, but this factorizer preserves none; "
+                "replay the plan with its own recipe, or with --option factorizer=column_preserving."
+            )
         basis, coefficients = self.decomposition.truncate(rank)
         return Factors(basis, torch.split(coefficients, [t.out_features for t in self.group.targets]))
 
