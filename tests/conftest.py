@@ -3,10 +3,12 @@
 import os
 from collections.abc import Callable
 
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warns when a test forks
+# Tiny matrices gain nothing from threads, and two test workers with two threads each wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warns when a test forks
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
