@@ -9,7 +9,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from eckart.discovery import discover
