@@ -6,7 +6,7 @@ non-overlapping windows of 2048 tokens, the tail dropped, `length - 1` predictio
 tail is kept as a shorter window and the mean is taken over the windows' means.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp
 from pathlib import Path
@@ -107,12 +107,15 @@ def evaluate(
     measured = [_measure(model, corpora, mean, device, dtype, progress, "measure")]
     if against is not None:
         measured.append(_measure(against, corpora, mean, device, dtype, progress, "measure dense"))
-    protocol = {"mean": mean, "stride": length, "dtype": dtype, "device": device}
+    dtypes_used = [computed for _, computed in measured]
+    protocol = {"mean": mean, "stride": length, "dtype": dtypes_used[0], "device": device}
+    if len(set(dtypes_used)) > 1:
+        protocol["dense_dtype"] = dtypes_used[1]
     results = []
     for number, (spec, corpus) in enumerate(zip(data_specs, corpora, strict=True)):
-        row = {"data": spec, **_figures(measured[0][number])}
+        row = {"data": spec, **_figures(measured[0][0][number])}
         if against is not None:
-            row |= {f"dense_{key}": value for key, value in _figures(measured[1][number]).items()}
+            row |= {f"dense_{key}": value for key, value in _figures(measured[1][0][number]).items()}
         results.append({**row, "protocol": {**protocol, **corpus.recipe.to_dict()}})
     return {
         "format": "eckart-eval",
@@ -132,8 +135,8 @@ def _measure(
     dtype: str,
     progress: Progress,
     stage: str,
-) -> list[Perplexity]:
-    """Load the model if it is a name, measure every corpus, and let it go."""
+) -> tuple[list[Perplexity], str]:
+    """Load the model if it is a name, measure every corpus, let it go; the figures and the computing dtype."""
     if isinstance(model, str | Path):
         loaded = checkpoint.load_model(str(model), device=device)
         dtypes.cast_(loaded, dtypes.named(dtype) or dtypes.compute_dtype(loaded.dtype, loaded.device))
@@ -147,7 +150,7 @@ def _measure(
         if mean == "window" and len(corpus.tail) > 1:
             pieces.append(corpus.tail)
         results.append(perplexity(loaded, pieces, mean=mean, progress=progress, stage=stage))
-    return results
+    return results, str(next(loaded.parameters()).dtype).removeprefix("torch.")
 
 
 def _figures(result: Perplexity) -> dict[str, float]:
@@ -162,11 +165,3 @@ def _path(model: "str | Path | PreTrainedModel") -> str:
 
 def _label(model: "str | Path | PreTrainedModel") -> str:
     return str(model) if isinstance(model, str | Path) else type(model).__name__
-
-
-def compare_row(row: Mapping[str, Any]) -> str:
-    """One line for a person: corpus, dense and compressed perplexity, their ratio."""
-    text = f"{row['data']}: perplexity {row['perplexity']:.2f}"
-    if "dense_perplexity" in row:
-        text += f", dense {row['dense_perplexity']:.2f} (x{row['perplexity'] / row['dense_perplexity']:.2f})"
-    return text

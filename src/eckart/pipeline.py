@@ -166,7 +166,11 @@ class _Run:
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
+        if stage in ("load", "save"):  # the others count steps of their own
+            self.progress(stage, 0, 1)
         yield
+        if stage in ("load", "save"):
+            self.progress(stage, 1, 1)
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
     def make_plan(self, keep: float, rank_multiple: int) -> Plan:
