@@ -92,6 +92,10 @@ def problem(out_features: int, in_features: int, tokens: int, seed: int = 0) -> 
         input_absmean=x.abs().mean(0),
         fisher_rows=fisher.sum(1),
         fisher_columns=fisher.sum(0),
+        gradient_gram=gram_of(gradient),
+        pulled_gradient_gram=gram_of(gradient @ weight),
+        gradient_energy=float(gradient.square().sum() / out_features),
+        predictions=tokens,
     )
     group = Group((Target("blocks.0.linear", 0, "linear", out_features, in_features, False),))
     return group, weight, GroupStatistics((statistics,))
@@ -117,7 +121,10 @@ def problems_spectra() -> list[Spectrum]:
 
 
 def _check_spectrum(spectrum: Spectrum) -> None:
-    values = spectrum.values
+    values, full = spectrum.values, spectrum.group.full_rank
+    assert (spectrum.loss(1) is None) == (spectrum.nats is None), "a loss without its unit"
+    assert spectrum.nats is None or spectrum.nats > 0, "a unit of loss that is not positive"
+    assert float(spectrum.tails[full]) == 0, "the squared error at full rank is not zero"
     assert values.shape == (spectrum.group.full_rank,), "one singular value for each rank"
     assert values.dtype == torch.float64, "spectra are float64"
     assert values.device.type == "cpu", "spectra are on the CPU"

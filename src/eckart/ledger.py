@@ -4,6 +4,7 @@ What is counted: the weights of the targets. A bias, an embedding, a norm or a h
 compressed and appears only in the totals of the whole model.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -12,14 +13,15 @@ from math import floor
 from eckart.errors import BudgetError, PlanError
 from eckart.types import Entry, Group
 
-STORAGES = ("pair", "columns")
+STORAGES = ("pair", "pivoted", "columns")
 INDEX_BYTES = 4  # of one entry of an index, int32
 
 
 def parameters(group: Group, rank: int | None, storage: str = "pair", kept: int | None = None) -> int:
     """Stored parameters of a group at a rank; `None` is dense.
 
-    A pair stores `rank * (in + sum of out)`: a basis shared by the group is counted once. Storage
+    A pair stores `rank * (in + sum of out)`: a basis shared by the group is counted once. Pivoted
+    storage spends `rank^2` less, exactly the degrees of freedom of a matrix of that rank. Storage
     "columns" with `kept` columns stores `sum of out * kept + rank * (in + sum of out - kept)`, and no
     more than the pair while their number is still open (`None`).
     """
@@ -31,22 +33,29 @@ def parameters(group: Group, rank: int | None, storage: str = "pair", kept: int 
         storage = "pair"
     if storage == "pair":
         return rank * (group.in_features + group.out_features)
+    if storage == "pivoted":
+        return rank * (group.in_features + group.out_features - rank)
     raise PlanError(f"{group.name}: storage {storage!r} is unknown. Known: {', '.join(STORAGES)}.")
 
 
 def index_bytes(group: Group, rank: int | None, storage: str = "pair", kept: int | None = None) -> int:
     """Bytes of the index arrays of a storage, which are not parameters.
 
+    Pivoted storage permutes the smaller side of the matrix: one int32 for each of its rows or columns.
     A layer with preserved columns stores the order of its input columns, one int32 each.
     """
+    if rank is not None and storage == "pivoted":
+        return INDEX_BYTES * group.full_rank
     if rank is None or storage != "columns" or not kept:
         return 0
     return INDEX_BYTES * group.in_features * len(group.targets)
 
 
 def largest_rank(group: Group, allowance: Fraction | int, storage: str = "pair") -> int:
-    """Largest rank whose parameters fit in `allowance`; may be 0 or exceed the full rank."""
-    return floor(Fraction(allowance) / parameters(group, 1, storage))
+    """Largest rank whose parameters fit in `allowance`; may be 0, and of a pair may exceed the full rank."""
+    if storage != "pivoted":
+        return floor(Fraction(allowance) / parameters(group, 1, storage))
+    return bisect_right(range(1, group.full_rank + 1), allowance, key=lambda rank: parameters(group, rank, storage))
 
 
 def share(keep: float) -> Fraction:

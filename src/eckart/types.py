@@ -111,15 +111,33 @@ class Spectrum:
     """What an allocator sees of a group: its singular values in the metric of its factorizer.
 
     `values` is `[full_rank]`, float64 on the CPU, falling. Cutting at rank r makes the error
-    `sqrt(sum_{i>r} values_i^2)` in that metric (Eckart and Young 1936).
+    `sqrt(sum_{i>r} values_i^2)` in that metric (Eckart and Young 1936). `nats` turns a squared error
+    into a predicted loss in nats per token; it is `None` for a metric that does not measure the
+    model's loss (every one without gradients), and then `loss` is `None` as well.
     """
 
     group: Group
     values: Tensor
+    nats: float | None = None
 
     def error(self, rank: int) -> float:
         """Truncation error at `rank`, in the unit of the metric."""
         return float(self.values[rank:].square().sum().sqrt())
+
+    @property
+    def tails(self) -> Tensor:
+        """Squared error at every rank from 0 to full, `[full_rank + 1]`, in the unit of the metric."""
+        squares = self.values.square()
+        return torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
+
+    def loss(self, rank: int | None) -> float | None:
+        """Predicted loss at `rank` in nats per token (0 for `None`, dense), or `None` if the metric cannot say.
+
+        To second order this is the KL divergence of the model's predictions from the dense model's.
+        """
+        if self.nats is None:
+            return None
+        return 0.0 if rank is None else self.nats * self.error(rank) ** 2
 
     @property
     def energy(self) -> float:

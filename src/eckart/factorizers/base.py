@@ -22,10 +22,10 @@ Tensor = torch.Tensor
 class GroupDecomposition:
     """The decomposition of a group's stacked weight: a spectrum, and factors at any rank."""
 
-    def __init__(self, group: Group, decomposition: Decomposition) -> None:
+    def __init__(self, group: Group, decomposition: Decomposition, nats: float | None = None) -> None:
         self.group = group
         self.decomposition = decomposition
-        self.spectrum = Spectrum(group, decomposition.values.cpu())
+        self.spectrum = Spectrum(group, decomposition.values.cpu(), nats)
 
     def settle(self, entry: Entry) -> Entry:
         """The entry with everything decided that an allocator left open; here there is nothing."""
@@ -55,6 +55,10 @@ class Factorizer(ABC):
     def metric(self, weight: Tensor, statistics: GroupStatistics) -> Metric:
         """The metric for one group; `weight` is `[out, in]`, stacked."""
 
+    def nats(self, statistics: GroupStatistics) -> float | None:
+        """Predicted loss, in nats per token, of one unit of squared error; `None` if the metric cannot say."""
+        return None
+
     def decompose(self, group: Group, weights: Sequence[Tensor], statistics: GroupStatistics) -> GroupDecomposition:
         """Decompose the weights `[out_i, in]` of a group, once.
 
@@ -67,4 +71,4 @@ class Factorizer(ABC):
             raise NumericalError(f"{group.name}: eigendecomposition failed: {error}") from None
         if not torch.isfinite(decomposition.values).all():
             raise NumericalError(f"{group.name}: NaN or infinity in its spectrum.")
-        return GroupDecomposition(group, decomposition)
+        return GroupDecomposition(group, decomposition, self.nats(statistics))

@@ -1,0 +1,85 @@
+"""Water level: every group is cut where one more parameter saves equally much loss, over the whole model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Literal, final
+
+import numpy as np
+
+from eckart import ledger
+from eckart.allocators.base import Allocator, checked
+from eckart.errors import BudgetError, OptionError
+from eckart.hull import Curve, spend
+from eckart.types import Budget, Entry, Group, Spectrum
+
+DENSE = 0  # the label of the choice to leave a group dense
+
+
+@final
+@dataclass(frozen=True)
+class WaterLevel(Allocator):
+    """Minimises the summed loss under the budget, over the lower hull of each group's (cost, loss) curve.
+
+    The loss is the predicted one in nats per token where every spectrum knows it, else the squared
+    truncation error. `normalise` divides each group's loss by what rank 0 would lose, for metrics
+    whose groups do not speak one unit. `storage` prices the ranks; `dense` allows a group to stay
+    whole. No rank is below `floor_rank` or below `floor_share` of the full rank.
+    """
+
+    storage: Literal["pair", "pivoted"] = "pair"
+    dense: bool = True
+    floor_rank: int = 1
+    floor_share: float = 0.0
+    normalise: bool = False
+
+    def __post_init__(self) -> None:
+        if self.floor_rank < 1:
+            raise OptionError(f"water_level.floor_rank is {self.floor_rank}, but must be at least 1.")
+        if not 0 <= self.floor_share <= 1:
+            raise OptionError(f"water_level.floor_share is {self.floor_share:g}, but must lie in [0, 1].")
+
+    def allocate(self, spectra: Sequence[Spectrum], budget: Budget) -> list[Entry]:
+        checked(spectra, budget)
+        groups = [spectrum.group for spectrum in spectra]
+        curves = [self._curve(spectrum, budget.rank_multiple) for spectrum in self._in_one_unit(spectra)]
+        chosen = spend(curves, ledger.allowed_parameters(groups, budget.keep))
+        if chosen is None:
+            smallest = sum(int(curve.costs[0]) for curve in curves) / sum(group.parameters for group in groups)
+            raise BudgetError(
+                f"keep is {budget.keep:g}, but with floor_rank {self.floor_rank}, floor_share {self.floor_share:g} "
+                f"and rank multiple {budget.rank_multiple} the smallest share is {smallest:.4f}; "
+                "ask for more or lower them."
+            )
+        labels = [int(curve.label[i]) for curve, i in zip(curves, chosen, strict=True)]
+        return [
+            Entry(group.names, None) if label == DENSE else Entry(group.names, label, self.storage)
+            for group, label in zip(groups, labels, strict=True)
+        ]
+
+    def _in_one_unit(self, spectra: Sequence[Spectrum]) -> list[Spectrum]:
+        """The spectra with `nats` set to the weight that their squared errors have in the sum."""
+        known = all(spectrum.nats is not None for spectrum in spectra)
+        return [
+            Spectrum(s.group, s.values, 1 / max(s.energy, 1e-300) if self.normalise else s.nats if known else 1.0)
+            for s in spectra
+        ]
+
+    def _curve(self, spectrum: Spectrum, multiple: int) -> Curve:
+        group, weight = spectrum.group, spectrum.nats
+        assert weight is not None
+        ranks = np.array(self._ranks(group, multiple), dtype=np.int64)
+        costs = np.array([ledger.parameters(group, int(r), self.storage) for r in ranks], dtype=np.int64)
+        losses = spectrum.tails.numpy()[ranks] * weight
+        if self.dense or not len(ranks):
+            ranks, costs = np.append(ranks, DENSE), np.append(costs, group.parameters)
+            losses = np.append(losses, 0.0)
+        return Curve.of(costs, losses, ranks)
+
+    def _ranks(self, group: Group, multiple: int) -> list[int]:
+        """Every rank that the floors and the multiple allow; at full rank only a pair without a dense choice."""
+        full = group.full_rank
+        floor = max(self.floor_rank, ceil(self.floor_share * full), 1)
+        first = -(-floor // multiple) * multiple
+        ranks = list(range(first, full, multiple))
+        return ranks if self.dense or self.storage == "pivoted" else [*ranks, full]
