@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from eckart import checkpoint, hf
 from eckart.discovery import discover
-from eckart.linear import FactorizedLinear, KeptColumnsLinear
+from eckart.linear import FactorizedLinear, KeptColumnsLinear, PivotedLinear
 from eckart.testing import tiny_models
 
 PAGE = (Path(__file__).parent.parent / "docs/format.md").read_text(encoding="utf-8")
@@ -31,6 +31,9 @@ def write_by_the_page(folder: Path) -> dict[str, torch.Tensor]:
     bases: dict[str, torch.Tensor] = {}
     for name, spec in quantization["modules"].items():
         out_features, in_features = state.pop(f"{name}.weight").shape
+        if spec["storage"] == "pivoted":
+            products[name] = write_pivoted(state, name, spec, out_features, in_features)
+            continue
         owner, kept = spec.get("basis_of", name), spec.get("kept", 0)
         bases.setdefault(owner, torch.randn(spec["rank"], in_features - kept))
         coefficients = torch.randn(out_features, spec["rank"])
@@ -60,6 +63,28 @@ def write_columns(state: dict[str, torch.Tensor], name: str, rest: torch.Tensor,
     return whole
 
 
+def write_pivoted(
+    state: dict[str, torch.Tensor], name: str, spec: dict[str, Any], out_features: int, in_features: int
+) -> torch.Tensor:
+    """Random numbers in the shapes of the table; the layer's whole weight from the words under it, column by column."""
+    rank, rows = spec["rank"], spec["pivots"] == "rows"
+    basis = torch.randn(rank, in_features if rows else in_features - rank)
+    coefficients = torch.randn(out_features - rank if rows else out_features, rank)
+    index = torch.randperm(out_features if rows else in_features)
+    state[f"{name}.basis.weight"], state[f"{name}.coefficients.weight"] = basis, coefficients
+    state[f"{name}.index"] = index.int()
+    columns = []
+    for x in torch.eye(in_features):
+        if rows:
+            p = basis @ x
+            pq = torch.cat([p, coefficients @ p])
+            columns.append(torch.stack([pq[i] for i in index]))
+        else:
+            ab = torch.stack([x[i] for i in index])
+            columns.append(coefficients @ (ab[:rank] + basis @ ab[rank:]))
+    return torch.stack(columns, 1)
+
+
 def test_the_example_loads_as_a_checkpoint(tmp_path: Path) -> None:
     products = write_by_the_page(tmp_path)
     model = checkpoint.load(tmp_path)
@@ -80,7 +105,8 @@ def test_the_writer_keeps_to_the_page(tmp_path: Path) -> None:
 
 
 def test_the_page_names_every_factorised_key() -> None:
-    keys = [*FactorizedLinear(4, 4, 2, bias=True).state_dict(), *KeptColumnsLinear(4, 4, 2, 1, bias=True).state_dict()]
+    keys = [*PivotedLinear(4, 4, 2, bias=True).state_dict(), *FactorizedLinear(4, 4, 2, bias=True).state_dict()]
+    keys += [*KeptColumnsLinear(4, 4, 2, 1, bias=True).state_dict()]
     assert {f"<layer>.{key}" for key in keys} <= set(re.findall(r"`(<layer>[\w.]+)`", PAGE))
     assert f"version {hf.FORMAT_VERSION}" in PAGE.splitlines()[0]
 

@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from eckart.checkpoint import load, save
+    from eckart.conversion import convert
     from eckart.data import load_windows
     from eckart.discovery import Layout, discover
     from eckart.errors import EckartError, NumericalError, UserError
@@ -42,6 +43,7 @@ _HOME = {
     "Recipe": "recipes",
     "UserError": "errors",
     "compress": "pipeline",
+    "convert": "conversion",
     "discover": "discovery",
     "evaluate": "measure",
     "inspect": "inspection",
@@ -67,6 +69,7 @@ __all__ = [
     "UserError",
     "__version__",
     "compress",
+    "convert",
     "discover",
     "evaluate",
     "inspect",

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from eckart.errors import ModelError
-from eckart.linear import FactorizedLinear, is_linear, weight_view
+from eckart.linear import is_factorized, is_linear, weight_view
 from eckart.types import Skipped, Target
 
 
@@ -52,7 +52,7 @@ def discover(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[st
     for index, block in enumerate(blocks):
         for kind, module in block.named_modules():
             name = f"{path}.{index}.{kind}"
-            if isinstance(module, FactorizedLinear):
+            if is_factorized(module):
                 raise ModelError(f"{name}: is factorised already; compress the original model instead.")
             if not is_linear(module):
                 continue

@@ -13,7 +13,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .linear import FactorizedLinear, empty_like, is_linear, share_basis_, swap_
+from .linear import empty_like, is_factorized, is_linear, share_basis_, swap_
 
 METHOD = "eckart"
 FORMAT_VERSION = 1
@@ -24,7 +24,8 @@ class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The `quantization_config` of a checkpoint: for each factorised layer, how it is stored.
 
     `modules` maps the dotted name of a layer to `{"storage": "pair", "rank": r}`, with
-    `"basis_of": other` when the layer reads the basis that `other` owns. Raises `ValueError` for a
+    `"basis_of": other` when the layer reads the basis that `other` owns, or to
+    `{"storage": "pivoted", "rank": r, "pivots": "rows"}`. Raises `ValueError` for a
     newer format, an empty `modules` and a `basis_of` that names no owner.
     """
 
@@ -42,6 +43,8 @@ class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
             owner = spec.get("basis_of")
             if owner is not None and "basis_of" in modules.get(owner, {"basis_of": None}):
                 raise ValueError(f"{name}: basis_of is {owner!r}, which is not a layer that owns its basis.")
+            if owner is not None and "pivoted" in (spec.get("storage"), modules[owner].get("storage")):
+                raise ValueError(f"{name}: basis_of is {owner!r}, but a layer of storage 'pivoted' shares no basis.")
         self.quant_method = METHOD
         self.format_version = format_version
         self.modules = modules
@@ -105,7 +108,7 @@ def specs_of(model: nn.Module) -> Specs:
     specs: Specs = {}
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, FactorizedLinear):
+        if is_factorized(module):
             specs[name] = module.spec()
             owner = owners.setdefault(id(module.basis.weight), name)
             if owner != name:

@@ -3,14 +3,17 @@
 Checkpoints are read through this file too, so its parameter names are part of the format
 (`docs/format.md`): `<layer>.basis.weight` `[rank, in]`, `<layer>.coefficients.weight` `[out, rank]`,
 `<layer>.coefficients.bias` `[out]`; with preserved columns also `<layer>.kept.weight` `[out, kept]` and
-`<layer>.column_order` `[in]`.
+`<layer>.column_order` `[in]`; of a pivoted layer `<layer>.index` and `<layer>.bias` `[out]`.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 Tensor = torch.Tensor
 
@@ -18,6 +21,11 @@ Tensor = torch.Tensor
 def is_linear(module: nn.Module) -> bool:
     """True for `nn.Linear` and for GPT-2's `Conv1D`, which stores its weight transposed."""
     return type(module) is nn.Linear or _is_transposed(module)
+
+
+def is_factorized(module: nn.Module) -> "TypeIs[FactorizedLinear | PivotedLinear]":
+    """True for the factorised layers of this package, whatever their storage."""
+    return isinstance(module, FactorizedLinear | PivotedLinear)
 
 
 def _is_transposed(module: nn.Module) -> bool:
@@ -29,8 +37,8 @@ def _is_transposed(module: nn.Module) -> bool:
 
 def weight_view(module: nn.Module) -> Tensor:
     """The weight as `[out, in]`, sharing memory with the module's own, detached."""
-    if isinstance(module, FactorizedLinear):
-        raise TypeError("a FactorizedLinear has no dense weight to view; read .weight for its product")
+    if is_factorized(module):
+        raise TypeError(f"a {type(module).__name__} has no dense weight to view; read .weight for its product")
     weight: Tensor = module.weight.detach()  # type: ignore[operator]
     return weight.T if _is_transposed(module) else weight
 
@@ -123,27 +131,93 @@ class KeptColumnsLinear(FactorizedLinear):
         return f"{super().extra_repr()}, kept={self.kept_columns}"
 
 
-def empty_like(module: nn.Module, spec: Mapping[str, Any]) -> FactorizedLinear:
-    """A factorised layer in the place of the dense `module`, same device, dtype and mode, weights not yet set.
+class PivotedLinear(nn.Module):
+    """A linear layer of rank `rank` in `rank (out + in - rank)` numbers (`eckart.pivot`).
 
-    `spec` is the layer's entry in a checkpoint's configuration: `{"storage": "pair", "rank": r}` or
-    `{"storage": "columns", "rank": r, "kept": c}`. This is the only place that knows how each storage is
-    built. Raises `ValueError` for a storage, rank or number of columns that cannot be.
+    `pivots = "rows"`: `p = basis x`, `q = coefficients p`, and output i is entry `index[i]` of `(p, q)`.
+    `pivots = "columns"`: with `(a, b)` the inputs in the order of `index`, `y = coefficients (a + basis b)`.
     """
-    out_features, in_features = weight_view(module).shape
+
+    index: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        pivots: str = "rows",
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank, self.pivots = in_features, out_features, rank, pivots
+        rest_in, rest_out = (0, rank) if pivots == "rows" else (rank, 0)
+        self.basis = nn.Linear(in_features - rest_in, rank, bias=False, device=device, dtype=dtype)
+        self.coefficients = nn.Linear(rank, out_features - rest_out, bias=False, device=device, dtype=dtype)
+        permuted = out_features if pivots == "rows" else in_features
+        self.register_buffer("index", torch.arange(permuted, dtype=torch.int32, device=device))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in]` to `[..., out]`."""
+        if self.pivots == "rows":
+            p = self.basis(x)
+            y: Tensor = torch.cat([p, self.coefficients(p)], -1).index_select(-1, self.index)
+        else:
+            x = x.index_select(-1, self.index)
+            a, b = x[..., : self.rank], x[..., self.rank :]
+            y = self.coefficients(a + self.basis(b))
+        return y if self.bias is None else y + self.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """The product `[out, in]`, computed; for model code that reads it. Read only."""
+        if self.pivots == "rows":
+            rest = self.coefficients.weight @ self.basis.weight
+            return torch.cat([self.basis.weight, rest]).index_select(0, self.index)
+        rest = self.coefficients.weight @ self.basis.weight
+        return torch.cat([self.coefficients.weight, rest], 1).index_select(1, torch.argsort(self.index))
+
+    def spec(self) -> dict[str, Any]:
+        """This layer's entry in a checkpoint's configuration; `empty_like` builds a layer from it."""
+        return {"storage": "pivoted", "rank": self.rank, "pivots": self.pivots}
+
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+        return f"{sizes}, pivots={self.pivots!r}"
+
+
+def empty_like(module: nn.Module, spec: Mapping[str, Any]) -> FactorizedLinear | PivotedLinear:
+    """A factorised layer in the place of `module`, same device, dtype and mode, weights not yet set.
+
+    `spec` is the layer's entry in a checkpoint's configuration: `{"storage": "pair", "rank": r}`,
+    `{"storage": "columns", "rank": r, "kept": c}` or `{"storage": "pivoted", "rank": r, "pivots": "rows"}`.
+    This is the only place that knows how each storage is built. `module` is dense or itself factorised.
+    Raises `ValueError` for a storage, rank, side or number of columns that cannot be.
+    """
+    out_features, in_features = module.weight.shape if is_factorized(module) else weight_view(module).shape
     storage, rank, full = spec.get("storage"), spec.get("rank"), min(out_features, in_features)
-    if storage not in ("pair", "columns"):
+    if storage not in ("pair", "pivoted", "columns"):
         raise ValueError(f"storage is {storage!r}, which this eckart does not know; install a newer one.")
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= full:
+    largest, name = (full - 1, "one below the full rank") if storage == "pivoted" else (full, "the full rank")
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= largest:
         raise ValueError(
-            f"rank is {rank!r}, but it must be a whole number in [1, {full}], the full rank of "
+            f"rank is {rank!r}, but it must be a whole number in [1, {largest}], {name} of "
             f"{out_features} x {in_features}."
         )
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    weight: Tensor = next(module.parameters())
     bias = module.bias is not None
+    new: FactorizedLinear | PivotedLinear
     # By way of meta: building on the device would draw random weights, in time and from the caller's generator.
     if storage == "pair":
         new = FactorizedLinear(in_features, out_features, rank, bias, "meta", weight.dtype)
+    elif storage == "pivoted":
+        pivots = spec.get("pivots")
+        if pivots not in ("rows", "columns"):
+            raise ValueError(f"pivots is {pivots!r}, but it must be 'rows' or 'columns'.")
+        new = PivotedLinear(in_features, out_features, rank, bias, "meta", weight.dtype, pivots=pivots)
     else:
         kept = _checked_kept(spec.get("kept"), in_features - rank)
         new = KeptColumnsLinear(in_features, out_features, rank, kept, bias, "meta", weight.dtype)
@@ -194,6 +268,7 @@ def factorize_(
         )
     spec = {"storage": "pair", "rank": rank}
     new = empty_like(old, {"storage": "columns", "rank": rank, "kept": columns} if columns else spec)
+    assert isinstance(new, FactorizedLinear)
     if isinstance(new, KeptColumnsLinear):
         assert kept is not None
         new.column_order.copy_(_order(kept_index, columns, in_features))

@@ -23,6 +23,7 @@ from eckart.provenance import make_provenance
 from eckart.recipes import Recipe
 from eckart.refiners.base import Refinement
 from eckart.statistics import GroupStatistics, Statistics
+from eckart.storage import store_
 from eckart.sweep import sweep
 from eckart.types import Budget, Entry, Group
 
@@ -239,6 +240,10 @@ class _Run:
             assert ids is not None
             with self.timed("refine"):
                 refiner.refine_(Refinement(self.model, self.layout, plan, dense, ids, self.progress))
+        with self.timed("store"):
+            pivoted = [e.name for e in entries if e.rank is not None and e.storage == "pivoted"]
+            for name in track(pivoted, "store", len(pivoted), self.progress):
+                store_(self.model, name, "pivoted")
         dtypes.cast_(self.model, self.stored_dtype)
         hf.attach_(self.model, hf.specs_of(self.model))
 
@@ -292,7 +297,10 @@ def decompose(
 
 
 def factorize_group_(model: nn.Module, group: Group, entry: Entry, decomposition: GroupDecomposition) -> None:
-    """Replace the members of a group by their factors at the entry's rank; they share the basis."""
+    """Replace the members of a group by a pair of factors at the entry's rank; they share the basis.
+
+    Pairs whatever the entry's storage, for refiners to work on; `store_` puts them into that storage.
+    """
     assert entry.rank is not None
     factors = decomposition.truncate(entry.rank, entry.kept)
     strips = factors.kept or (None,) * len(group.targets)

@@ -117,6 +117,14 @@ def _check_entry(group: Group, entry: Entry) -> None:
             f'"columns" and leave at least {entry.rank} of {group.in_features} columns to the basis.'
         )
     ledger.parameters(group, entry.rank, entry.storage, entry.kept)  # raises for an unknown storage
+    if entry.rank is None or entry.storage != "pivoted":
+        return
+    if len(group.targets) > 1:
+        raise PlanError(f"{entry.name}: shares its basis, which pivoted storage cannot; its storage must be 'pair'.")
+    if entry.rank == group.full_rank:
+        raise PlanError(
+            f'{entry.name}: rank {entry.rank} is the full rank, where pivoted storage is "dense"; write that.'
+        )
 
 
 def _near(name: str, known: Mapping[str, Any]) -> str:

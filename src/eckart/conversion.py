@@ -1,0 +1,126 @@
+"""Change the storage of a saved model without compressing it again: pair, pivoted or dense."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from eckart import checkpoint, files, hf, ledger
+from eckart.discovery import Layout, discover
+from eckart.errors import OptionError
+from eckart.ledger import Ledger
+from eckart.linear import is_factorized, swap_, weight_view
+from eckart.plans import Plan, resolve
+from eckart.progress import Progress, silent, track
+from eckart.storage import store_
+from eckart.types import Entry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+STORAGES = ("pair", "pivoted", "dense")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` did: the ledger now, how many layers changed, and those that could not, with the reason."""
+
+    ledger: Ledger
+    changed: int
+    left: Mapping[str, str]
+
+
+def convert(folder: str | Path, *, storage: str, out: str | Path, progress: Progress = silent) -> Conversion:
+    """Save the checkpoint `folder` to `out` with its factorised layers in another storage.
+
+    The matrices are the same to rounding in the stored dtype. Layers that share a basis, or have
+    full rank, cannot be pivoted and stay as they are. Raises `UserError` for an unknown storage, a folder
+    that is not a checkpoint, or an `out` that is taken.
+    """
+    if storage not in STORAGES:
+        raise OptionError(f"storage is {storage!r}, but must be {', '.join(STORAGES)}.")
+    files.check_new_folder(Path(out))
+    model, tokenizer = checkpoint.load(folder), checkpoint.load_tokenizer(folder)
+    specs, skeleton = hf.specs_of(model), _dense_skeleton(model)
+    left = {} if storage == "dense" else _left(model, specs, storage)
+    names = [n for n, spec in specs.items() if n not in left and spec["storage"] != storage]
+    for name in track(names, "convert", len(names), progress):
+        if storage == "dense":
+            _densify_(model, name, skeleton.get_submodule(name))
+        else:
+            store_(model, name, storage)
+    if storage == "dense":
+        _forget_quantizer_(model)
+    layout = discover(skeleton)
+    plan, reached = _plan(checkpoint.read_plan(folder), model, layout)
+    provenance = {**checkpoint.read_provenance(folder), "converted_to": storage, "ledger": reached.to_dict()}
+    checkpoint.save(model, out, tokenizer=tokenizer, plan=plan, provenance=provenance)
+    return Conversion(reached, len(names), left)
+
+
+def _left(model: nn.Module, specs: hf.Specs, storage: str) -> dict[str, str]:
+    """Layers that cannot be stored as asked, and why."""
+    left = {name: "has preserved columns" for name, spec in specs.items() if spec["storage"] == "columns"}
+    if storage == "pair":
+        return left
+    owners = {spec["basis_of"] for spec in specs.values() if "basis_of" in spec}
+    left |= {n: "shares its basis" for n, spec in specs.items() if "basis_of" in spec or n in owners}
+    for name, spec in specs.items():
+        if spec["rank"] == min(model.get_submodule(name).weight.shape):  # type: ignore[arg-type]
+            left[name] = "has full rank"
+    return left
+
+
+def _dense_skeleton(model: "PreTrainedModel") -> "PreTrainedModel":
+    """The model as it was before it was factorised, on the meta device."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        skeleton: PreTrainedModel = type(model)(config)
+    return skeleton
+
+
+@torch.no_grad()
+def _densify_(model: nn.Module, name: str, empty: nn.Module) -> None:
+    """Put the product of the factors into a dense layer of the kind that was there."""
+    old = model.get_submodule(name)
+    assert is_factorized(old)
+    weight = old.weight
+    dense = copy.deepcopy(empty).to(weight.dtype).to_empty(device=weight.device)
+    weight_view(dense).copy_(weight)
+    if old.bias is not None:
+        dense.bias.copy_(old.bias)  # type: ignore[operator]
+    swap_(model, name, dense.requires_grad_(weight.requires_grad).train(old.training))
+
+
+def _forget_quantizer_(model: Any) -> None:
+    """Make the model an ordinary one again for `save_pretrained`."""
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def _plan(plan: Plan | None, model: nn.Module, layout: Layout) -> tuple[Plan, Ledger]:
+    """The plan with the storage that the model has now, or one read off the model; and its ledger."""
+    specs = hf.specs_of(model)
+    if plan is None:
+        sharing: dict[str, list[str]] = {}
+        for name, spec in specs.items():
+            sharing.setdefault(spec.get("basis_of", name), []).append(name)
+        plan = Plan(tuple(Entry(tuple(n), specs[o]["rank"], specs[o]["storage"]) for o, n in sharing.items()))
+    entries = [
+        replace(entry, rank=None, storage="pair")
+        if entry.name not in specs
+        else replace(entry, storage=specs[entry.name]["storage"])
+        for entry in plan.entries
+    ]
+    changed = replace(plan, entries=tuple(entries))
+    groups, resolved = resolve(changed, layout.targets)
+    dtype = next(model.parameters()).dtype
+    made = ledger.make_ledger(groups, resolved, layout.parameters, dtype.itemsize)
+    return replace(changed, reached={**changed.reached, **made.to_dict()}), made
