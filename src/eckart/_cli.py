@@ -261,12 +261,13 @@ def methods(as_json: Json = False) -> None:
             (n, " + ".join(p["name"] for p in (r["factorizer"], r["allocator"], *r["refiners"])) + f": {r['about']}")
             for n, r in known["recipes"].items()
         ],
+        justify="left",
     )
     for kind in (kind for kind in known if kind != "recipes"):
         rows = [
             (name, ", ".join(f"{k}={v}" for k, v in options.items()) or "-") for name, options in known[kind].items()
         ]
-        terminal.table(kind.capitalize(), ("name", "options and defaults"), rows)
+        terminal.table(kind.capitalize(), ("name", "options and defaults"), rows, justify="left")
 
 
 def parse_options(pairs: list[str]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
@@ -45,11 +45,11 @@ def progress_bars(quiet: bool) -> Iterator[Progress]:
         yield listen
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table; every column but the first is aligned to the right."""
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], justify: JustifyMethod = "right") -> None:
+    """Print a table; every column but the first is aligned as `justify` says, numbers to the right."""
     made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for number, column in enumerate(columns):
-        made.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+        made.add_column(column, justify="left" if number == 0 else justify, overflow="fold")
     for row in rows:
         made.add_row(*(str(cell) for cell in row))
     out.print(made)

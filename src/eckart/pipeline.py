@@ -91,9 +91,9 @@ def compress(
 
     Raises `UserError` for anything the caller can mend, `NumericalError` for NaN while computing.
     """
-    run = _Run(model, recipe, options, calibration, tokenizer, include, exclude, device, dtype, progress)
     if out is not None:
-        files.check_new_folder(Path(out))
+        files.check_new_folder(Path(out))  # before any work
+    run = _Run(model, recipe, options, calibration, tokenizer, include, exclude, device, dtype, progress)
     made = run.make_plan(keep, rank_multiple) if plan is None else run.take_plan(plan)
     if out is not None:
         files.check_space(Path(out), run.ledger(made).model_bytes_kept)
