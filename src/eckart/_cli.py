@@ -22,7 +22,15 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="A hub id or a folder.")]
 Recipe = Annotated[str, typer.Option(help="A recipe's name (`eckart methods`) or a .toml file.")]
-Keep = Annotated[float, typer.Option(help="Share of the targets' parameters that is KEPT, in (0, 1].")]
+Keep = Annotated[
+    float | None,
+    typer.Option(help="Share of the targets' parameters that is KEPT, in (0, 1]; 0.8 if no goal is given."),
+]
+Size = Annotated[str | None, typer.Option(help="Instead of --keep: the most the weight files may take, as in 80MB.")]
+MaxKl = Annotated[
+    float | None,
+    typer.Option(help="Instead of --keep: the most the predictions may change, predicted, in nats per token (0.05)."),
+]
 RankMultiple = Annotated[int, typer.Option(min=1, help="Round ranks down to a multiple of this.")]
 Options = Annotated[
     list[str], typer.Option("--option", "-o", help="Override a recipe option: factorizer.damping=1e-4. Repeatable.")
@@ -72,7 +80,9 @@ def plan(
     model: Model,
     out: Annotated[Path, typer.Option(help="Where to write the plan (.json).")],
     recipe: Recipe = "svd-llm",
-    keep: Keep = 0.8,
+    keep: Keep = None,
+    size: Size = None,
+    max_kl: MaxKl = None,
     rank_multiple: RankMultiple = 1,
     option: Options = [],  # noqa: B006
     data: Data = "wikitext2",
@@ -95,6 +105,8 @@ def plan(
             model,
             recipe=recipe,
             keep=keep,
+            size=size,
+            max_kl=max_kl,
             rank_multiple=rank_multiple,
             options=parse_options(option),
             calibration=eckart.Calibration(data, windows, length, seed, unescape(join), bos),
@@ -107,7 +119,8 @@ def plan(
     if as_json:
         print_json(made.to_dict())
     else:
-        terminal.out.print(f"{len(made.entries)} matrices, keep {made.reached['keep']:.4f}. Plan: {out}")
+        terminal.show_reached(made)
+        terminal.out.print(f"{len(made.entries)} matrices. Plan: {out}")
 
 
 @app.command()
@@ -115,7 +128,9 @@ def compress(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint; must be new or empty.")],
     recipe: Recipe = "svd-llm",
-    keep: Keep = 0.8,
+    keep: Keep = None,
+    size: Size = None,
+    max_kl: MaxKl = None,
     plan: Annotated[Path | None, typer.Option(help="Replay this plan instead of allocating.")] = None,
     rank_multiple: RankMultiple = 1,
     option: Options = [],  # noqa: B006
@@ -140,6 +155,8 @@ def compress(
             model,
             recipe=recipe,
             keep=keep,
+            size=size,
+            max_kl=max_kl,
             rank_multiple=rank_multiple,
             options=parse_options(option),
             plan=plan,
@@ -149,6 +166,7 @@ def compress(
             out=out,
             device=device,
             dtype=dtype,
+            on_plan=None if as_json else terminal.show_reached,
             progress=progress,
         )
     if as_json:
@@ -226,7 +244,7 @@ def convert(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the compressed model.")] = Path("eckart-demo"),
-    keep: Keep = 0.8,
+    keep: Annotated[float, typer.Option(help="Share of the targets' parameters that is KEPT, in (0, 1].")] = 0.8,
     recipe: Recipe = "svd-llm",
     as_json: Json = False,
 ) -> None:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import exp
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, JustifyMethod
@@ -16,6 +17,7 @@ if TYPE_CHECKING:  # these import torch, which would make `eckart --help` wait
     from eckart.demo import DemoReport
     from eckart.discovery import Layout
     from eckart.ledger import Ledger
+    from eckart.plans import Plan
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -86,6 +88,16 @@ def show_ledger(ledger: "Ledger") -> None:
          f"{ledger.model_bytes_kept / ledger.model_bytes_dense:.2%}"),
     ]  # fmt: skip
     table("Ledger", ("", "dense", "compressed", "kept"), rows)
+
+
+def show_reached(plan: "Plan") -> None:
+    """What a plan asks and reaches, before any weight is touched."""
+    asked = ", ".join(f"{k} {v:g}" for k, v in plan.asked.items() if isinstance(v, int | float))
+    reached = plan.reached
+    text = f"Asked: {asked}. Plan: keep {reached['keep']:.4f}, model {reached['model_bytes_kept'] / 1e6:,.1f} MB"
+    if (kl := reached.get("predicted_kl")) is not None:
+        text += f", predicted KL {kl:.4f} nats per token (perplexity x{exp(kl):.3f})"
+    out.print(f"{text}.")
 
 
 def show_results(result: dict[str, Any]) -> None:

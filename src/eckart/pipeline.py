@@ -1,7 +1,7 @@
 """The pipeline, readable as one page: discover, sweep, decompose, allocate, truncate, swap, save."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from eckart.density import with_density
 from eckart.discovery import Layout, check_finite, discover
 from eckart.errors import OptionError
 from eckart.factorizers.base import Factorizer, GroupDecomposition
+from eckart.goals import Goal, header_bytes, meet, predicted_kl
 from eckart.ledger import Ledger
 from eckart.linear import factorize_, share_basis_, weight_view
 from eckart.plans import Plan, resolve
@@ -69,7 +70,9 @@ def compress(
     model: "str | PreTrainedModel",
     *,
     recipe: str | Recipe = "svd-llm",
-    keep: float = 0.8,
+    keep: float | None = None,
+    size: int | str | None = None,
+    max_kl: float | None = None,
     rank_multiple: int = 1,
     options: Mapping[str, Any] | None = None,
     plan: Plan | str | Path | None = None,
@@ -80,21 +83,28 @@ def compress(
     out: str | Path | None = None,
     device: str = "cpu",
     dtype: str = "auto",
+    on_plan: Callable[[Plan], None] | None = None,
     progress: Progress = silent,
 ) -> Compression:
     """Compress a model and, if `out` is given, save it there.
 
-    `model` is a hub id, a folder, or a model in memory, which is then changed in place. `keep` is the
-    share of the targets' parameters that stays, in (0, 1]. `plan` replays a saved plan instead of
-    allocating. `options` overrides recipe options (`{"factorizer.damping": 1e-4}`). `dtype` is the
-    stored one ("auto": the checkpoint's own); half precision is computed in float32 on a CPU.
+    `model` is a hub id, a folder, or a model in memory, which is then changed in place. One of three
+    goals: `keep` is the share of the targets' parameters that stays, in (0, 1] (0.8 if no goal is given);
+    `size` the most that the weight files may take, in bytes or as "80MB"; `max_kl` the most that the
+    predictions may differ from the dense model's, in nats per token, as predicted by recipes that can.
+    `plan` replays a saved plan instead of allocating. `on_plan` is called with the plan and what it
+    reaches before a weight is touched. `options` overrides recipe options (`{"factorizer.damping": 1e-4}`).
+    `dtype` is the stored one ("auto": the checkpoint's own); half precision is computed in float32 on a CPU.
 
     Raises `UserError` for anything the caller can mend, `NumericalError` for NaN while computing.
     """
+    goal = Goal.of(keep, size, max_kl)
     if out is not None:
         files.check_new_folder(Path(out))  # before any work
     run = _Run(model, recipe, options, calibration, tokenizer, include, exclude, device, dtype, progress)
-    made = run.make_plan(keep, rank_multiple) if plan is None else run.take_plan(plan)
+    made = run.make_plan(goal, rank_multiple) if plan is None else run.take_plan(plan)
+    if on_plan is not None:
+        on_plan(made)
     if out is not None:
         files.check_space(Path(out), run.ledger(made).model_bytes_kept)
     run.carry_out(made)
@@ -109,7 +119,9 @@ def plan(
     model: "str | PreTrainedModel",
     *,
     recipe: str | Recipe = "svd-llm",
-    keep: float = 0.8,
+    keep: float | None = None,
+    size: int | str | None = None,
+    max_kl: float | None = None,
     rank_multiple: int = 1,
     options: Mapping[str, Any] | None = None,
     calibration: Calibration | None = None,
@@ -121,8 +133,9 @@ def plan(
     progress: Progress = silent,
 ) -> Plan:
     """The plan that `compress` with the same arguments would carry out; no weight is touched."""
+    goal = Goal.of(keep, size, max_kl)
     run = _Run(model, recipe, options, calibration, tokenizer, include, exclude, device, dtype, progress)
-    return run.make_plan(keep, rank_multiple)
+    return run.make_plan(goal, rank_multiple)
 
 
 class _Run:
@@ -174,19 +187,34 @@ class _Run:
             self.progress(stage, 1, 1)
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
-    def make_plan(self, keep: float, rank_multiple: int) -> Plan:
-        """Decompose everything, then let the allocator share out the budget."""
+    def make_plan(self, goal: Goal, rank_multiple: int) -> Plan:
+        """Decompose everything, then let the allocator share out what meets the goal."""
         groups = self.recipe.make_grouping().groups(self.layout.targets)
-        ledger.check_reachable(groups, keep, rank_multiple)
+        if goal.keep is not None:
+            ledger.check_reachable(groups, goal.keep, rank_multiple)
         self._decompose(groups)
-        spectra = [self.decompositions[group.name].spectrum for group in groups]
+        asked = {**goal.to_dict(), "rank_multiple": rank_multiple}
         with self.timed("allocate"):
-            entries = self.recipe.make_allocator().allocate(spectra, Budget(keep, rank_multiple))
-            entries = self._settle([with_density(e, s) for e, s in zip(entries, spectra, strict=True)])
-        made = Plan(tuple(entries), {"keep": keep, "rank_multiple": rank_multiple}, {}, self.recipe.to_dict())
+            overhead = header_bytes(self.model.state_dict(), self.layout.targets)
+            return meet(
+                goal,
+                lambda keep: self._allocate(groups, keep, rank_multiple, asked),
+                self.layout.target_parameters,
+                overhead,
+            )
+
+    def _allocate(self, groups: Sequence[Group], keep: float, rank_multiple: int, asked: Mapping[str, Any]) -> Plan:
+        """The allocator's plan for a share, with what it reaches by the ledger and by the metric."""
+        spectra = [self.decompositions[group.name].spectrum for group in groups]
+        entries = self.recipe.make_allocator().allocate(spectra, Budget(keep, rank_multiple))
+        entries = self._settle([with_density(e, s) for e, s in zip(entries, spectra, strict=True)])
+        made = Plan(tuple(entries), asked, {}, self.recipe.to_dict())
         reached = self.ledger(made)
         ledger.assert_within(reached, keep)
-        return Plan(made.entries, made.asked, reached.to_dict(), made.made_by)
+        predicted = predicted_kl(spectra, entries)
+        return replace(
+            made, reached={**reached.to_dict(), **({} if predicted is None else {"predicted_kl": predicted})}
+        )
 
     def take_plan(self, plan: Plan | str | Path) -> Plan:
         """Check a saved plan against the model and decompose what it factorises."""

@@ -84,6 +84,13 @@ BUILT_IN = {
         Recipe("asvd", "asvd", about="activation-aware SVD (arXiv 2312.05821), uniform ranks"),
         Recipe("svd-llm", "svd_llm", about="truncation-aware whitening (arXiv 2403.07378), uniform ranks"),
         Recipe(
+            "eckart",
+            "two_sided",
+            "water_level",
+            options={"allocator": {"storage": "pivoted"}},
+            about="Fisher metric, one water level over the model, pivoted storage; predicts its loss",
+        ),
+        Recipe(
             "basis-sharing",
             "svd_llm",
             refiners=("refit_coefficients",),
