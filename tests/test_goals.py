@@ -90,6 +90,16 @@ def test_the_command_line_says_the_prediction(folder, options, tmp_path, capsys)
     assert json.loads((tmp_path / "plan.json").read_text())["reached"]["predicted_kl"] <= 0.05
 
 
+def test_recovery_is_one_flag(folder, tmp_path, capsys):
+    text = ["--data", str(tmp_path / "text.txt"), "--windows", "8", "--length", "24"]
+    argv = ["compress", folder, "--recipe", "eckart", "--keep", "0.7", *text, "--out", str(tmp_path / "out")]
+    app([*argv, "--recover", "-o", "recover.epochs=1", "--json"], standalone_mode=False)
+    said = json.loads(capsys.readouterr().out)
+    assert [refiner["name"] for refiner in said["recipe"]["refiners"]] == ["recover"]
+    assert said["recipe"]["refiners"][0]["epochs"] == 1
+    assert said["seconds"]["refine"] > 0
+
+
 @pytest.mark.parametrize(
     ("text", "size"), [("80MB", 80_000_000), ("1.5 GiB", 3 * 2**29), ("1000", 1000), (7, 7), (".5kb", 500)]
 )

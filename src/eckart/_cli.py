@@ -144,6 +144,9 @@ def compress(
     exclude: Exclude = [],  # noqa: B006
     device: Device = "cpu",
     dtype: Dtype = "auto",
+    recover: Annotated[
+        bool, typer.Option("--recover", help="Then distil the factors against the dense model on the same text.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compress a model and save a checkpoint that loads in transformers.
@@ -158,7 +161,7 @@ def compress(
             size=size,
             max_kl=max_kl,
             rank_multiple=rank_multiple,
-            options=parse_options(option),
+            options={**with_recovery(recipe, recover), **parse_options(option)},
             plan=plan,
             calibration=eckart.Calibration(data, windows, length, seed, unescape(join), bos),
             include=include,
@@ -297,6 +300,13 @@ def parse_options(pairs: list[str]) -> dict[str, str]:
             raise UserError(f"--option {pair!r}: must look like factorizer.damping=1e-4.")
         parsed[key] = value
     return parsed
+
+
+def with_recovery(recipe: str, recover: bool) -> dict[str, str]:
+    """The option that puts `recover` after the refiners of a recipe; nothing without it."""
+    from eckart.recipes import find  # imports torch
+
+    return {"refiners": ",".join([*find(recipe).refiners, "recover"])} if recover else {}
 
 
 def unescape(text: str) -> str:
