@@ -11,6 +11,7 @@ the ranks. Rows are written as they come; a second run measures only what is mis
 import argparse
 import json
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -27,16 +28,12 @@ from eckart.pipeline import decompose
 from eckart.provenance import versions
 from eckart.types import Budget, Group
 
-METRICS = ("svd_llm", "two_sided")
-ROWS = (  # metric, allocator, storage
-    ("two_sided", "water_level", "pivoted"),
-    ("two_sided", "water_level", "pair"),
-    ("two_sided", "uniform", "pivoted"),
-    ("two_sided", "uniform", "pair"),
-    ("svd_llm", "uniform", "pivoted"),
-    ("svd_llm", "uniform", "pair"),
-    ("svd_llm", "water_level", "pivoted"),
-)
+METRICS = {  # name of a row's metric: factorizer and its options
+    "two_sided mixed": ("two_sided", {"labels": "mixed"}),
+    "two_sided": ("two_sided", {}),
+    "svd_llm": ("svd_llm", {}),
+}
+ALLOCATIONS = (("water_level", "pivoted"), ("water_level", "pair"), ("uniform", "pivoted"), ("uniform", "pair"))
 KEEPS = (0.8, 0.6, 0.9)
 WINDOWS, TEST_WINDOWS, LENGTH = 32, 8, 512
 
@@ -73,9 +70,9 @@ class Bench:
         return self.made[key]
 
     @torch.no_grad()
-    def measure(self, metric: str, allocator: str, keep: float, options: dict, factorizer_options: dict) -> dict:
+    def measure(self, metric: str, allocator: str, keep: float, options: dict) -> dict:
         """Put the cut weights in place, measure, and put the dense ones back."""
-        made = self.decompositions(metric, factorizer_options)
+        made = self.decompositions(*METRICS[metric])
         spectra = [made[group.name].spectrum for group in self.groups]
         entries = registry.make("allocators", allocator, options).allocate(spectra, Budget(keep))
         losses = [s.loss(e.rank) for s, e in zip(spectra, entries, strict=True)]
@@ -109,18 +106,18 @@ def main() -> None:
     parser.add_argument("calibration")
     parser.add_argument("test")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/eckart_recipe.json"))
+    parser.add_argument("--metrics", nargs="*", choices=sorted(METRICS), help="all without it")
     given = parser.parse_args()
     report = json.loads(given.out.read_text()) if given.out.exists() else {}
     bench = Bench(given.model, given.calibration, given.test)
     rows = report.setdefault("rows", {})
-    wanted = [(m, a, s, k) for m in reversed(METRICS) for k in KEEPS for mm, a, s in ROWS if mm == m]
     if "dense" not in rows:
         rows["dense"] = bench.figures()
-    for metric, allocator, storage, keep in wanted:
+    for metric, (allocator, storage), keep in product(given.metrics or METRICS, ALLOCATIONS, KEEPS):
         name = f"{metric} {allocator} {storage} {keep}"
-        if name in rows:
+        if name in rows or (keep == 0.9 and (allocator, storage) != ALLOCATIONS[0]):
             continue
-        rows[name] = bench.measure(metric, allocator, keep, {"storage": storage}, {})
+        rows[name] = bench.measure(metric, allocator, keep, {"storage": storage})
         report["versions"] = versions()
         write_text(given.out, json.dumps(report, indent=1) + "\n")
         print(name, json.dumps(rows[name]), flush=True)

@@ -5,7 +5,7 @@ import torch
 
 from eckart.discovery import discover
 from eckart.errors import NumericalError
-from eckart.gradient_statistics import label_draws, sample
+from eckart.gradient_statistics import mix, sample
 from eckart.linear import weight_view
 from eckart.statistics import Need
 from eckart.sweep import sweep
@@ -71,7 +71,8 @@ def test_grams_of_true_labels_equal_autograd_on_the_whole_model(family):
 def test_grams_of_sampled_labels_equal_autograd_with_the_same_labels(family):
     """The oracle inverts the cumulative sum of the whole model's own logits, in float64."""
     model, windows = tiny_models()[family](), token_windows()
-    draws = label_draws(windows, frozenset({Need.GRADIENT_GRAM}), seed=3)
+    generators = [torch.Generator().manual_seed(3 * 1_000_003 + number) for number in range(len(windows))]
+    draws = torch.stack([torch.rand(11, generator=generator, dtype=torch.float64) for generator in generators])
     with torch.no_grad():
         sums = model(input_ids=windows, use_cache=False).logits[:, :-1].double().softmax(-1).cumsum(-1)
     labels = (draws[..., None] > sums).sum(-1)
@@ -107,7 +108,8 @@ def test_labels_depend_on_the_seed_and_not_on_the_batches():
 
 
 @pytest.mark.slow
-def test_sampled_labels_give_the_exact_fisher_on_average():
+@pytest.mark.parametrize("need", [Need.GRADIENT_GRAM, Need.MIXED_GRADIENT_GRAM])
+def test_drawn_labels_give_the_exact_fisher_on_average(need):
     """Tiny vocabulary: the expectation over labels is a sum over all of them, position by position."""
     model = tiny_model("Llama", vocab_size=7, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)
     windows, copies = token_windows(2, 5, vocabulary=7), 3000
@@ -123,7 +125,7 @@ def test_sampled_labels_give_the_exact_fisher_on_average():
                 gradients = gradients_by_autograd(model, window[None], labels)
                 for name in names:
                     exact[name] += probability.double() * gradients[name].T @ gradients[name]
-    collected = collect(model, windows.repeat(copies, 1), Need.GRADIENT_GRAM, batch_tokens=10_000)
+    collected = collect(model, windows.repeat(copies, 1), need, batch_tokens=10_000)
     for name in names:
         found = collected[name].gradient_gram.matrix / copies
         assert float((found - exact[name]).norm() / exact[name].norm()) < 0.05
@@ -131,12 +133,24 @@ def test_sampled_labels_give_the_exact_fisher_on_average():
 
 def test_a_label_is_drawn_as_often_as_it_is_likely():
     probabilities = torch.tensor([0.5, 0.0, 0.2, 0.3])
-    draws = torch.arange(1000, dtype=torch.float64)[None] / 1000
-    labels = sample(probabilities.expand(1, 1000, 4), draws)
-    assert torch.bincount(labels.flatten()).tolist() == pytest.approx([500, 0, 200, 300], abs=1)
+    draws = torch.arange(1000, dtype=torch.float64) / 1000
+    labels = sample(probabilities.expand(1000, 4), draws)
+    assert torch.bincount(labels).tolist() == pytest.approx([500, 0, 200, 300], abs=1)
 
 
-def test_sampled_and_true_labels_are_not_mixed():
+def test_mixed_labels_have_the_mean_square_of_sampled_ones_and_less_noise():
+    p = torch.tensor([0.97, 0.02, 0.01], dtype=torch.float64)
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 3)
+    mixed = mix(p, signs)
+    fisher = torch.diag(p) - torch.outer(p, p)
+    torch.testing.assert_close(mixed.T @ mixed / len(mixed), fisher)
+    noise = (mixed[:, :, None] * mixed[:, None] - fisher).square().sum((1, 2)).mean()
+    one_label = p - torch.eye(3, dtype=torch.float64)
+    noise_sampled = (p * (one_label[:, :, None] * one_label[:, None] - fisher).square().sum((1, 2))).sum()
+    assert noise < 0.05 * noise_sampled
+
+
+def test_different_labels_are_not_in_one_sweep():
     with pytest.raises(ValueError, match="cannot both be in one sweep"):
         collect(tiny_models()["llama"](), token_windows(), Need.GRADIENT_GRAM, Need.WEIGHT_FISHER)
 

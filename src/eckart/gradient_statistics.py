@@ -14,37 +14,26 @@ from eckart.errors import NumericalError
 from eckart.input_statistics import collect_input, finish_inputs
 from eckart.progress import Progress, track
 from eckart.recorder import Recorder
-from eckart.statistics import GRADIENT_GRAM_NEEDS, GRADIENT_NEEDS, Gram, Need, Statistics
+from eckart.statistics import GRADIENT_GRAM_NEEDS, GRADIENT_NEEDS, TRUE_LABEL_NEEDS, Gram, Need, Statistics
 from eckart.types import Target
 
 Tensor = torch.Tensor
 
 
-def label_draws(windows: Tensor, needs: frozenset[Need], seed: int) -> Tensor | None:
-    """Uniform numbers in [0, 1) that choose a label for each prediction, `[windows, length - 1]`; None: true labels.
-
-    Drawn for all windows at once on the CPU, so that neither batches nor devices change the labels.
-    """
-    if Need.GRADIENT_GRAM not in needs:
-        return None
-    if needs & GRADIENT_NEEDS != {Need.GRADIENT_GRAM}:
-        raise ValueError(
-            f"{', '.join(sorted(needs & GRADIENT_NEEDS))}: sampled and true labels cannot both be in one sweep; "
-            "sweep twice."
-        )
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(windows.shape[0], windows.shape[1] - 1, generator=generator, dtype=torch.float64)
+def check_labels(needs: frozenset[Need]) -> None:
+    """Raise `ValueError` for needs that want different labels: each kind takes a backward run of its own."""
+    wanted = needs & GRADIENT_NEEDS
+    if not wanted <= TRUE_LABEL_NEEDS and len(wanted) > 1:
+        raise ValueError(f"{', '.join(sorted(wanted))}: their labels cannot both be in one sweep; sweep twice.")
 
 
 def loss_gradients(
-    model: nn.Module, blocks: nn.ModuleList, stream: Stream, draws: Tensor | None, progress: Progress
+    model: nn.Module, blocks: nn.ModuleList, stream: Stream, needs: frozenset[Need], seed: int, progress: Progress
 ) -> list[Tensor]:
     """Gradient of the summed next-token loss at the output of the last block, `[batch, seq, width]` per batch.
 
     The one label shift is here: position t predicts token t + 1. (Passing shifted `labels` to a model
-    that shifts them itself is the published bug of predicting the token after the next.) With `draws`
-    the label is instead a sample of the model's own prediction, so that the expected square of the
-    gradient is the Fisher information.
+    that shifts them itself is the published bug of predicting the token after the next.)
     """
     gradients, first = [], 0
     for index in track(range(len(stream.batches)), "loss", len(stream.batches), progress):
@@ -53,25 +42,47 @@ def loss_gradients(
         with torch.enable_grad():
             logits = run_tail(model, blocks, stream, index).logits[:, :-1]
         stream.hidden[index] = hidden.detach()
-        at_logits = torch.softmax(logits.detach().float(), -1)
-        labels = stream.batches[index][:, 1:]
-        if draws is not None:
-            labels = sample(at_logits, draws[first : first + len(labels)].to(labels.device))
-        first += len(labels)
-        at_logits.scatter_add_(-1, labels[..., None], at_logits.new_full((1, 1, 1), -1.0).expand(*labels.shape, 1))
+        at_logits = _at_logits(torch.softmax(logits.detach().float(), -1), stream.batches[index], first, needs, seed)
+        first += len(at_logits)
         (gradient,) = torch.autograd.grad(logits, hidden, at_logits.to(logits.dtype))
         gradients.append(gradient)
     return gradients
 
 
+def _at_logits(probabilities: Tensor, ids: Tensor, first: int, needs: frozenset[Need], seed: int) -> Tensor:
+    """The loss gradient at the logits, `[batch, seq - 1, vocabulary]`, in the memory of `probabilities`.
+
+    True labels give `p - e_y`, sampled labels the same with y drawn from p, mixed labels a vector of
+    the same mean square `diag(p) - p p^T` (the Fisher information at the logits) and less noise.
+    Window by window, with a generator for each: neither batches nor devices change what is drawn.
+    """
+    for number, (rows, tokens) in enumerate(zip(probabilities, ids, strict=True), first):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        if Need.MIXED_GRADIENT_GRAM in needs:
+            rows.copy_(mix(rows, torch.empty(rows.shape).bernoulli_(0.5, generator=generator).to(rows) * 2 - 1))
+            continue
+        labels = tokens[1:]
+        if Need.GRADIENT_GRAM in needs:
+            labels = sample(rows, torch.rand(len(rows), generator=generator, dtype=torch.float64).to(rows.device))
+        rows[torch.arange(len(rows), device=rows.device), labels] -= 1
+    return probabilities
+
+
+def mix(probabilities: Tensor, signs: Tensor) -> Tensor:
+    """`sqrt(p) s - p (sqrt(p) . s)` for random signs s, `[..., vocabulary]`: its mean square is `diag(p) - p p^T`.
+
+    Where one label is nearly certain, a sampled one is nearly always without gradient and seldom has a
+    large one; this has about the same length every time.
+    """
+    signed = probabilities.sqrt() * signs
+    return signed - probabilities * signed.sum(-1, keepdim=True)
+
+
 def sample(probabilities: Tensor, draws: Tensor) -> Tensor:
-    """The label at each draw in [0, 1) of the distribution `[..., vocabulary]`, by inverting its cumulative sum."""
-    labels = []
-    for rows, draw in zip(probabilities, draws, strict=True):  # window by window: the sums are as large as the logits
-        sums = rows.cumsum(-1)
-        found = torch.searchsorted(sums, draw[..., None].to(sums.dtype) * sums[..., -1:], right=True)
-        labels.append(found[..., 0].clamp(max=rows.shape[-1] - 1))
-    return torch.stack(labels)
+    """The label at each draw in [0, 1) `[seq]` of the distribution `[seq, vocabulary]`: the inverse of its sums."""
+    sums = probabilities.cumsum(-1)
+    found = torch.searchsorted(sums, draws[:, None].to(sums.dtype) * sums[:, -1:], right=True)
+    return found[:, 0].clamp(max=probabilities.shape[-1] - 1)
 
 
 def backward_block(

@@ -18,11 +18,13 @@ class Need(StrEnum):
     INPUT_ABSMEAN = "input_absmean"  # mean of |x| over tokens, [in]
     WEIGHT_FISHER = "weight_fisher"  # squared loss gradients of the weight, summed per input and per output
     GRADIENT_GRAM = "gradient_gram"  # sum of g g^T, g = dloss/doutput, or its pull-back through the weight; smaller
+    MIXED_GRADIENT_GRAM = "mixed_gradient_gram"  # the same mean with less noise: all labels at once, random signs
     TRUE_GRADIENT_GRAM = "true_gradient_gram"  # the same with the text's own labels instead of sampled ones
 
 
-GRADIENT_NEEDS = frozenset({Need.WEIGHT_FISHER, Need.GRADIENT_GRAM, Need.TRUE_GRADIENT_GRAM})
-GRADIENT_GRAM_NEEDS = frozenset({Need.GRADIENT_GRAM, Need.TRUE_GRADIENT_GRAM})
+GRADIENT_GRAM_NEEDS = frozenset({Need.GRADIENT_GRAM, Need.MIXED_GRADIENT_GRAM, Need.TRUE_GRADIENT_GRAM})
+GRADIENT_NEEDS = GRADIENT_GRAM_NEEDS | {Need.WEIGHT_FISHER}
+TRUE_LABEL_NEEDS = frozenset({Need.WEIGHT_FISHER, Need.TRUE_GRADIENT_GRAM})
 
 
 class Gram:

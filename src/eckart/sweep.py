@@ -18,7 +18,7 @@ from torch import nn
 from eckart.blocks import Stream, open_stream, split_batches
 from eckart.discovery import Layout
 from eckart.errors import NumericalError
-from eckart.gradient_statistics import backward_block, label_draws, loss_gradients
+from eckart.gradient_statistics import backward_block, check_labels, loss_gradients
 from eckart.input_statistics import collect_input, finish_inputs
 from eckart.progress import Progress, silent, track
 from eckart.recorder import Recorder
@@ -45,11 +45,12 @@ def sweep(
     """Yield `{target name: statistics}` for one block after another.
 
     `windows` is `[windows, length]` token ids. Blocks come in forward order, or in backward order if
-    a gradient statistic is among the needs. `seed` draws the labels of `Need.GRADIENT_GRAM`.
+    a gradient statistic is among the needs. `seed` draws labels that are not the text's.
     `whole_gram` names targets that get their input Gram even where their output Gram is smaller: those
     that will share a basis. Raises `NumericalError` naming the module where NaN or infinity first appears.
     """
     needs = frozenset(needs)
+    check_labels(needs)
     blocks = layout.block_list(model)
     targets = [[t for t in layout.targets if t.block == index] for index in range(len(blocks))]
     stream = open_stream(model, blocks, split_batches(windows, batch_tokens))
@@ -61,8 +62,7 @@ def sweep(
     for index in track(range(len(blocks)), "calibrate", len(blocks), progress):
         entrances.append(list(stream.hidden))
         _forward_block(blocks[index], [], stream, frozenset())
-    draws = label_draws(windows, needs, seed)
-    gradients = loss_gradients(model, blocks, stream, draws, progress)
+    gradients = loss_gradients(model, blocks, stream, needs, seed, progress)
     for index in track(reversed(range(len(blocks))), "gradients", len(blocks), progress):
         calls = [per_batch[index] for per_batch in stream.calls]
         yield backward_block(blocks[index], targets[index], entrances.pop(), calls, gradients, needs, whole_gram)

@@ -15,6 +15,12 @@ from eckart.statistics import GroupStatistics, Need
 
 Tensor = torch.Tensor
 
+LABELS = {
+    "sampled": Need.GRADIENT_GRAM,
+    "mixed": Need.MIXED_GRADIENT_GRAM,
+    "true": Need.TRUE_GRADIENT_GRAM,
+}
+
 
 @final
 @dataclass(frozen=True)
@@ -24,14 +30,15 @@ class TwoSided(Factorizer):
     `H = sum x x^T` and `G = sum g g^T` are the two Kronecker factors of the Fisher information
     (Martens and Grosse, arXiv 1503.05671); with `G = L L^T` the product is `L^T W R`, transposed.
     `labels = "sampled"` from the model's own predictions makes it the Fisher information, and the
-    loss the KL divergence from the dense model; `"true"` is the empirical Fisher. A shrinkage a in
+    loss the KL divergence from the dense model; `"mixed"` estimates the same with less noise, by all
+    labels at once under random signs; `"true"` is the empirical Fisher. A shrinkage a in
     [0, 1) replaces a Gram K by `(1 - a) K + a mean(diag K) I`. What is not modelled: errors of
     different weights and of different tokens are taken to be independent.
     """
 
     input_shrinkage: float = 1e-4
     gradient_shrinkage: float = 0.05
-    labels: Literal["sampled", "true"] = "sampled"
+    labels: Literal["sampled", "mixed", "true"] = "sampled"
 
     def __post_init__(self) -> None:
         for name in ("input_shrinkage", "gradient_shrinkage"):
@@ -40,8 +47,7 @@ class TwoSided(Factorizer):
 
     @property
     def needs(self) -> tuple[Need, ...]:  # type: ignore[override]
-        gradients = Need.GRADIENT_GRAM if self.labels == "sampled" else Need.TRUE_GRADIENT_GRAM
-        return (Need.SMALLER_GRAM, gradients)
+        return (Need.SMALLER_GRAM, LABELS[self.labels])
 
     def metric(self, weight: Tensor, statistics: GroupStatistics) -> Metric:
         metric = statistics.input_metric(weight, _as_damping(self.input_shrinkage))
