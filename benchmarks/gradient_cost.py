@@ -2,7 +2,7 @@
 
     python benchmarks/gradient_cost.py MODEL CALIBRATION.txt --out benchmarks/results/gradient_cost.json
 
-Interleaved repeats in one process: a plain forward pass over 16 windows of 512 tokens (head
+Interleaved repeats in one process: a plain forward pass over 8 windows of 512 tokens (head
 included), the sweep of input Grams, and the sweep of input and gradient Grams. Processor time (user
 and system, all threads) stands beside wall time, since it does not count what other processes take.
 """
@@ -23,7 +23,7 @@ from eckart.provenance import versions
 from eckart.statistics import Need
 from eckart.sweep import sweep
 
-WINDOWS, LENGTH = 16, 512
+WINDOWS, LENGTH = 8, 512
 
 
 def timed(work) -> dict:
@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("calibration")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gradient_cost.json"))
     given = parser.parse_args()
     model, tokenizer = checkpoint.load_model(given.model), checkpoint.load_tokenizer(given.model)
