@@ -52,6 +52,9 @@ Include = Annotated[list[str], typer.Option(help="Only linears that match this p
 Exclude = Annotated[list[str], typer.Option(help="Leave linears that match this pattern. Repeatable.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="Stored dtype: auto (the checkpoint's), float32, bfloat16, float16.")]
+Work = Annotated[
+    Path | None, typer.Option(help="Folder for finished pieces of a long run; the same command resumes there.")
+]
 Json = Annotated[bool, typer.Option("--json", help="The result as JSON on standard output, nothing else there.")]
 
 
@@ -94,6 +97,7 @@ def plan(
     include: Include = [],  # noqa: B006
     exclude: Exclude = [],  # noqa: B006
     device: Device = "cpu",
+    work: Work = None,
     as_json: Json = False,
 ) -> None:
     """Write the plan (which matrix gets which rank) without touching a weight.
@@ -113,6 +117,7 @@ def plan(
             include=include,
             exclude=exclude,
             device=device,
+            work=work,
             progress=progress,
         )
     made.save(out)
@@ -147,6 +152,7 @@ def compress(
     recover: Annotated[
         bool, typer.Option("--recover", help="Then distil the factors against the dense model on the same text.")
     ] = False,
+    work: Work = None,
     as_json: Json = False,
 ) -> None:
     """Compress a model and save a checkpoint that loads in transformers.
@@ -167,6 +173,7 @@ def compress(
             include=include,
             exclude=exclude,
             out=out,
+            work=work,
             device=device,
             dtype=dtype,
             on_plan=None if as_json else terminal.show_reached,

@@ -30,8 +30,8 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The block's output hidden states, `[batch, seq, width]`."""
+    def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
+        """The output hidden states, `[batch, seq, width]`, of the block or of what stands in for it."""
         if HIDDEN in self.kwargs:
             output = block(*self.args, **{**self.kwargs, HIDDEN: hidden})
         else:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from eckart import checkpoint, data, dtypes, files, ledger, recipes
+from eckart.allocators.base import Probe
 from eckart.density import with_density
 from eckart.discovery import Layout, check_finite, discover
 from eckart.errors import OptionError
@@ -19,14 +21,16 @@ from eckart.goals import Goal, header_bytes, meet, predicted_kl
 from eckart.ledger import Ledger
 from eckart.linear import factorize_, share_basis_, weight_view
 from eckart.plans import Plan, resolve
+from eckart.probe import SlicingProbe, split_for_search
 from eckart.progress import Progress, silent, track
-from eckart.provenance import make_provenance
+from eckart.provenance import make_provenance, versions
 from eckart.recipes import Recipe
 from eckart.refiners.base import Refinement
 from eckart.statistics import GroupStatistics, Statistics
 from eckart.storage import store_
 from eckart.sweep import sweep
 from eckart.types import Budget, Entry, Group
+from eckart.work import WorkFolder, fingerprint, state_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,6 +87,7 @@ def compress(
     out: str | Path | None = None,
     device: str = "cpu",
     dtype: str = "auto",
+    work: str | Path | None = None,
     on_plan: Callable[[Plan], None] | None = None,
     progress: Progress = silent,
 ) -> Compression:
@@ -95,13 +100,14 @@ def compress(
     `plan` replays a saved plan instead of allocating. `on_plan` is called with the plan and what it
     reaches before a weight is touched. `options` overrides recipe options (`{"factorizer.damping": 1e-4}`).
     `dtype` is the stored one ("auto": the checkpoint's own); half precision is computed in float32 on a CPU.
+    `work` is a folder in which long steps keep what they have finished: the same call resumes there.
 
     Raises `UserError` for anything the caller can mend, `NumericalError` for NaN while computing.
     """
     goal = Goal.of(keep, size, max_kl)
     if out is not None:
         files.check_new_folder(Path(out))  # before any work
-    run = _Run(model, recipe, options, calibration, tokenizer, include, exclude, device, dtype, progress)
+    run = _Run(model, recipe, options, calibration, tokenizer, include, exclude, device, dtype, work, progress)
     made = run.make_plan(goal, rank_multiple) if plan is None else run.take_plan(plan)
     if on_plan is not None:
         on_plan(made)
@@ -130,11 +136,12 @@ def plan(
     exclude: Sequence[str] = (),
     device: str = "cpu",
     dtype: str = "auto",
+    work: str | Path | None = None,
     progress: Progress = silent,
 ) -> Plan:
     """The plan that `compress` with the same arguments would carry out; no weight is touched."""
     goal = Goal.of(keep, size, max_kl)
-    run = _Run(model, recipe, options, calibration, tokenizer, include, exclude, device, dtype, progress)
+    run = _Run(model, recipe, options, calibration, tokenizer, include, exclude, device, dtype, work, progress)
     return run.make_plan(goal, rank_multiple)
 
 
@@ -152,8 +159,10 @@ class _Run:
         exclude: Sequence[str],
         device: str,
         dtype: str,
+        work: str | Path | None,
         progress: Progress,
     ) -> None:
+        self.work = None if work is None else Path(work)
         self.seconds: dict[str, float] = {}
         self.progress = progress
         self.recipe = recipe if isinstance(recipe, Recipe) else recipes.find(recipe, options)
@@ -176,6 +185,7 @@ class _Run:
         check_finite(self.model, self.layout.targets)
         self.windows: data.Windows | None = None
         self.decompositions: dict[str, GroupDecomposition] = {}
+        self.notes: list[dict[str, Any]] = []
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -206,7 +216,10 @@ class _Run:
     def _allocate(self, groups: Sequence[Group], keep: float, rank_multiple: int, asked: Mapping[str, Any]) -> Plan:
         """The allocator's plan for a share, with what it reaches by the ledger and by the metric."""
         spectra = [self.decompositions[group.name].spectrum for group in groups]
-        entries = self.recipe.make_allocator().allocate(spectra, Budget(keep, rank_multiple))
+        allocator, budget = self.recipe.make_allocator(), Budget(keep, rank_multiple)
+        windows = allocator.probe_windows()
+        search = windows and partial(allocator.search, probe=self._probe(groups, windows))
+        entries = (search or allocator.allocate)(spectra, budget)
         entries = self._settle([with_density(e, s) for e, s in zip(entries, spectra, strict=True)])
         made = Plan(tuple(entries), asked, {}, self.recipe.to_dict())
         reached = self.ledger(made)
@@ -215,6 +228,18 @@ class _Run:
         return replace(
             made, reached={**reached.to_dict(), **({} if predicted is None else {"predicted_kl": predicted})}
         )
+
+    def _probe(self, groups: Sequence[Group], windows: tuple[int, int]) -> Probe:
+        """What measures candidate plans by slicing the decompositions; `windows` to score on, and held out."""
+        scoring, held_out = split_for_search(self._token_windows(), *windows)
+        facts = {"factorizer": self.recipe.to_dict()["factorizer"], "versions": versions()}
+        tensors = [*state_of(self.model), ("scoring", scoring), ("held out", held_out)] if self.work else []
+        folder = WorkFolder(self.work, "probe", fingerprint(facts, tensors))
+
+        def put(model: nn.Module, group: Group, entry: Entry) -> None:
+            factorize_group_(model, group, entry, self.decompositions[group.name])
+
+        return SlicingProbe(self.model, groups, put, scoring, held_out, folder, self.progress)
 
     def take_plan(self, plan: Plan | str | Path) -> Plan:
         """Check a saved plan against the model and decompose what it factorises."""
@@ -267,7 +292,8 @@ class _Run:
         for refiner in refiners:
             assert ids is not None
             with self.timed("refine"):
-                refiner.refine_(Refinement(self.model, self.layout, plan, dense, ids, self.progress))
+                known = (self.model, self.layout, plan, dense, ids, self.progress, self.work, self.notes)
+                refiner.refine_(Refinement(*known))
         with self.timed("store"):
             pivoted = [e.name for e in entries if e.rank is not None and e.storage == "pivoted"]
             for name in track(pivoted, "store", len(pivoted), self.progress):
@@ -283,6 +309,7 @@ class _Run:
             calibration=None if self.windows is None else self.windows.recipe.to_dict(),
             ledger=self.ledger(plan).to_dict(),
         )
+        provenance |= {"refinement": self.notes} if self.notes else {}
         return Compression(self.model, self.tokenizer, self.layout, plan, self.ledger(plan), provenance, self.seconds)
 
 

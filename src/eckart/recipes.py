@@ -91,6 +91,19 @@ BUILT_IN = {
             about="Fisher metric, one water level over the model, pivoted storage; predicts its loss",
         ),
         Recipe(
+            "lc-svd",
+            "svd_llm",
+            "error_search",
+            refiners=("block_collaborative",),
+            about="blocks compressed together, ranks searched by error (ICLR 2026 no. 6575, as reconstructed)",
+        ),
+        Recipe(
+            "lc-svd-fixed",
+            "svd_llm",
+            refiners=("block_collaborative",),
+            about="blocks compressed together, uniform ranks (ICLR 2026 no. 6575, as reconstructed)",
+        ),
+        Recipe(
             "basis-sharing",
             "svd_llm",
             refiners=("refit_coefficients",),

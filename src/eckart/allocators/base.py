@@ -6,9 +6,19 @@ An allocator never sees a model, a weight or a file.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from eckart import ledger
 from eckart.types import Budget, Entry, Spectrum
+
+
+class Probe(Protocol):
+    """The loss of a candidate plan, in nats per token: one entry for each spectrum, in order.
+
+    `held_out` asks for the loss on windows on which no candidate was scored.
+    """
+
+    def __call__(self, entries: Sequence[Entry], held_out: bool = False) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -21,6 +31,17 @@ class Allocator(ABC):
 
         Raises `BudgetError` when the budget cannot be met.
         """
+
+    def probe_windows(self) -> tuple[int, int] | None:
+        """On how many calibration windows to measure candidate plans, and how many to hold out; None: on none.
+
+        An allocator that names them is asked through `search`.
+        """
+        return None
+
+    def search(self, spectra: Sequence[Spectrum], budget: Budget, probe: Probe) -> list[Entry]:
+        """The same with the loss of candidate plans at hand; most allocators do not ask for it."""
+        return self.allocate(spectra, budget)
 
 
 def checked(spectra: Sequence[Spectrum], budget: Budget) -> None:

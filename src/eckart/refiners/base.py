@@ -5,7 +5,9 @@ Ranks, storage, sharing and the targets that stayed dense remain as the plan say
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +27,10 @@ class Refinement:
     factorised target to its weight `[out, in]` before compression: with it a dense block can be run
     again, at the price of the dense targets in memory beside their factors. `windows` is `[windows,
     length]` token ids on the model's device, those that the statistics came from.
+
+    `work` is a folder in which a long refiner may keep finished pieces for a later run (`eckart.work`).
+    What should travel with the checkpoint about how it went is appended to `notes`, as plain data
+    without times: the same run leaves the same notes.
     """
 
     model: nn.Module
@@ -33,6 +39,8 @@ class Refinement:
     dense_weights: Mapping[str, Tensor]
     windows: Tensor
     progress: Progress = silent
+    work: Path | None = None
+    notes: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,75 @@
+"""Work that survives a kill: finished pieces in a folder, found again only by a run that is the same.
+
+    DIR/<stage>-<key>/<piece>.safetensors, <piece>.json
+
+The key is a hash of everything the piece depends on, so that changed options start anew beside the old
+work and two configurations never mix. A piece exists when its JSON does, which is renamed into place
+last. The folder may be deleted once the checkpoint is written.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from eckart.errors import OutputError
+from eckart.files import output_error, write_text
+
+Tensor = torch.Tensor
+
+
+def fingerprint(facts: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]] = ()) -> str:
+    """A hash in hex of plain facts (as JSON) and of named tensors: dtype, shape and every byte."""
+    digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16)
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def state_of(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """All parameters and buffers of a model by name, for `fingerprint`."""
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+class WorkFolder:
+    """The finished pieces of one stage of one run. Without a folder nothing is kept or found."""
+
+    def __init__(self, folder: str | Path | None, stage: str, key: str) -> None:
+        self.folder = None if folder is None else Path(folder) / f"{stage}-{key[:16]}"
+
+    def find(self, piece: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and notes of a finished piece, or None. Raises `OutputError` if it cannot be read."""
+        from safetensors.torch import load_file
+
+        if self.folder is None or not (self.folder / f"{piece}.json").exists():
+            return None
+        try:
+            notes = json.loads((self.folder / f"{piece}.json").read_text(encoding="utf-8"))
+            tensors = load_file(self.folder / f"{piece}.safetensors") if notes["tensors"] else {}
+        except Exception as error:  # safetensors has errors of its own
+            raise OutputError(f"{self.folder}: {piece} cannot be read back ({error}); delete this folder.") from None
+        return tensors, notes["notes"]
+
+    def keep(self, piece: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+        """Write a finished piece, whole or not at all."""
+        from safetensors.torch import save_file
+
+        if self.folder is None:
+            return
+        path = self.folder / f"{piece}.safetensors"
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if tensors:
+                save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial)
+                os.replace(partial, path)
+        except Exception as error:
+            partial.unlink(missing_ok=True)
+            raise output_error(path, error) from None
+        write_text(self.folder / f"{piece}.json", json.dumps({"tensors": len(tensors), "notes": dict(notes)}) + "\n")
