@@ -59,6 +59,10 @@ class Factorizer(ABC):
         """Predicted loss, in nats per token, of one unit of squared error; `None` if the metric cannot say."""
         return None
 
+    def resting(self) -> "Factorizer":
+        """The plain factorizer whose cuts are measured for this one; most are plain themselves."""
+        return self
+
     def decompose(self, group: Group, weights: Sequence[Tensor], statistics: GroupStatistics) -> GroupDecomposition:
         """Decompose the weights `[out_i, in]` of a group, once.
 

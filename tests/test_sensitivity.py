@@ -1,0 +1,126 @@
+"""Sensitivities: the same as a naive evaluation of the whole model, and resumable."""
+
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from eckart.discovery import discover
+from eckart.factorizers.svd_llm import SVDLLM
+from eckart.linear import factorize_
+from eckart.pipeline import decompose
+from eckart.sensitivity import Curves, candidate_rank, measure_curves
+from eckart.testing import tiny_models
+from eckart.types import Group
+
+SHARES = (0.3, 0.8, 1.0)
+
+
+def windows() -> torch.Tensor:
+    return torch.randint(4, 99, (3, 16), generator=torch.Generator().manual_seed(0))
+
+
+def setting(family: str) -> tuple[Any, Any, Any]:
+    model = tiny_models()[family]()
+    layout = discover(model)
+    groups = [Group((target,)) for target in layout.targets]
+    return model, layout, decompose(model, layout, groups, SVDLLM(), windows())
+
+
+def measure(family: str, work: Path, **options: Any) -> Curves:
+    model, layout, made = setting(family)
+    arguments = {"shares": SHARES, "depends": {"data": "random"}, **options}
+    return measure_curves(model, layout, made, windows(), arguments.pop("target", 0.6), work=work, **arguments)
+
+
+@torch.no_grad()
+def naive(family: str, changed: dict[str, float], target: float = 0.6) -> float:
+    """KL by two whole models and no chunks."""
+    model, _, made = setting(family)
+    dense = model(windows()).logits.double().log_softmax(-1)
+    for name, decomposition in made.items():
+        rank = candidate_rank(decomposition.group, changed.get(name, target))
+        if rank is not None:
+            factors = decomposition.truncate(rank)
+            factorize_(model, name, factors.basis, factors.coefficients[0])
+    found = model(windows()).logits.double().log_softmax(-1)
+    return float((dense.exp() * (dense - found)).sum() / len(windows()))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma3"])
+def test_equal_to_the_naive_evaluation(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eckart.tail_divergence.CHUNK_ELEMENTS", 128 * 3 * 5)  # 5 positions at a time, the last one alone
+    monkeypatch.setattr("eckart.sensitivity.BATCH_TOKENS", 32)  # two batches
+    model, layout, made = setting(family)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    curves = measure_curves(model, layout, made, windows(), 0.6, work=tmp_path, depends={}, shares=SHARES)
+    assert {n: torch.equal(v, before[n]) for n, v in model.state_dict().items()} == dict.fromkeys(before, True)
+    assert curves.resting == pytest.approx(naive(family, {}), rel=1e-5)
+    assert curves.losses.keys() == made.keys()
+    for name in list(made)[::3]:
+        assert sorted(curves.losses[name]) == [0.3, 0.6, 0.8, 1.0]
+        for share, loss in curves.losses[name].items():
+            assert loss == pytest.approx(naive(family, {name: share}), rel=1e-5), (name, share)
+
+
+def test_a_second_run_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = measure("llama", tmp_path)
+    monkeypatch.setattr("eckart.sensitivity._Walk._walk", None)
+    assert measure("llama", tmp_path) == first
+
+
+@pytest.mark.parametrize("change", [{"target": 0.7}, {"depends": {"data": "other"}}])
+def test_a_changed_option_starts_anew(change: dict[str, Any], tmp_path: Path) -> None:
+    measure("llama", tmp_path, only=())
+    measure("llama", tmp_path, only=(), **change)
+    assert len(list(tmp_path.glob("sensitivity-*.jsonl"))) == 2
+
+
+def test_more_shares_and_a_torn_line_reuse_what_is_there(tmp_path: Path) -> None:
+    curves = measure("llama", tmp_path)
+    (path,) = tmp_path.glob("*.jsonl")
+    whole = path.read_text()
+    path.write_text(whole[:-9])
+    assert measure("llama", tmp_path, shares=(*SHARES, 0.5)).resting == curves.resting
+    rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    measured = [(row["group"], row["share"]) for row in rows]
+    assert len(measured) == len(set(measured)) == 14 * 4 + 1
+
+
+def test_killed_half_way_it_resumes_to_the_same_curves(tmp_path: Path) -> None:
+    script = """
+        import os, signal, sys
+        sys.path.insert(0, sys.argv[2])
+        from pathlib import Path
+        from test_sensitivity import measure
+        def progress(stage, done, total):
+            if done * 2 > total:
+                os.kill(os.getpid(), signal.SIGKILL)
+        measure("llama", Path(sys.argv[1]), progress=progress)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "killed"), str(Path(__file__).parent)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    (path,) = (tmp_path / "killed").glob("*.jsonl")
+    lines = path.read_text().splitlines()
+    assert 1 < len(lines) < 14 * 3
+    resumed, straight = measure("llama", tmp_path / "killed"), measure("llama", tmp_path / "straight")
+    assert path.read_text().splitlines()[: len(lines)] == lines
+    assert resumed == straight
+
+
+def test_swapped_modules_come_back_after_an_error(tmp_path: Path) -> None:
+    model, layout, made = setting("llama")
+    before = dict(model.named_modules())
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_curves(model, layout, made, windows(), 0.6, work=tmp_path, depends={}, progress=fail)
+    assert dict(model.named_modules()) == before
