@@ -45,6 +45,15 @@ def test_forward_is_the_product() -> None:
     torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
 
 
+def test_autocast_and_a_wrapped_strip_take_the_general_path() -> None:
+    layer, x = make_layer(), torch.randn(3, 12)
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(layer(x).float(), expected, rtol=0.05, atol=0.2)
+    layer.kept = nn.Sequential(layer.kept)  # type: ignore[assignment]
+    torch.testing.assert_close(layer(x), expected)
+
+
 def test_compiles_whole() -> None:
     layer, x = make_layer(), torch.randn(3, 12)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

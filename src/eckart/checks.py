@@ -109,14 +109,16 @@ def gram_of(x: Tensor) -> Gram:
 
 
 def problems_spectra() -> list[Spectrum]:
-    """Spectra of a small model: four blocks of three kinds, with unlike shapes and decays."""
+    """Spectra of a small model: four blocks of three kinds, with unlike shapes and decays, all fields filled."""
     spectra = []
     generator = torch.Generator().manual_seed(0)
     for block in range(4):
         for kind, rows, columns in (("attn.q", 24, 24), ("attn.k", 8, 24), ("mlp.up", 48, 24)):
             group = Group((Target(f"blocks.{block}.{kind}", block, kind, rows, columns, False),))
             steps = torch.rand(group.full_rank, generator=generator, dtype=torch.float64) * (0.1 + 0.2 * block)
-            spectra.append(Spectrum(group, torch.exp(-steps.cumsum(0)) * (1 + block)))
+            values = torch.exp(-steps.cumsum(0)) * (1 + block)
+            measured = {share / 10: (block + 1) * ((10 / share) ** (1 + rows / 24) - 1) for share in range(1, 11)}
+            spectra.append(Spectrum(group, values, measured=measured, similarity=0.9 - 0.1 * block))
     return spectra
 
 

@@ -37,6 +37,20 @@ def compensated_scores(residual: Tensor, gram: Tensor) -> Tensor:
     return (residual.double() @ gram).square().sum(0) / gram.diagonal()
 
 
+def positive_definite(gram: Tensor) -> Tensor:
+    """`gram` itself if it has a Cholesky factor, else with the least of 1e-6, 1e-5, ... of its mean diagonal added.
+
+    A Gram of float32 products may miss being positive definite by rounding although it was damped.
+    Raises `RuntimeError` when a tenth of the mean does not help.
+    """
+    mean = gram.diagonal().mean()
+    for extra in (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
+        tried = gram + extra * mean * torch.eye(len(gram), dtype=gram.dtype, device=gram.device) if extra else gram
+        if int(torch.linalg.cholesky_ex(tried).info) == 0:
+            return tried
+    raise RuntimeError("not positive definite")
+
+
 def kept_for(given_up: int, rank: int, out_features: int, in_features: int) -> int:
     """Columns that `given_up` of `rank` ranks pay for: `c = d (out + in) / (out - (rank - d))`, rounded down.
 
@@ -52,21 +66,21 @@ def kept_for(given_up: int, rank: int, out_features: int, in_features: int) -> i
 class Splits:
     """All splits of one weight `[out, in]` for one order of its columns, most wanted first.
 
-    `gram` is `[in, in]`, float64, positive definite (damped). Raises `RuntimeError` if it is not.
+    `gram` is `[in, in]`, float64, positive definite (`positive_definite`).
     """
 
     def __init__(self, weight: Tensor, gram: Tensor, order: Tensor, compensated: bool) -> None:
         self.compensated = compensated
         self.order = order if compensated else order.flip(0)  # the kept columns first, or last
-        self.weight = weight.double()[:, self.order]
-        self.gram = gram[self.order][:, self.order]
+        self.weight: Tensor = weight.double()[:, self.order]
+        self.gram: Tensor = gram[self.order][:, self.order]
         self.root: Tensor = torch.linalg.cholesky(self.gram)
         self.is_left_form = weight.shape[0] <= weight.shape[1]
         if compensated:
-            self.image = self.weight @ self.root  # [out, in]; the remainder of a split is its tail
-            product = self.image @ self.image.T if self.is_left_form else self.image.T @ self.image
+            self.image: Tensor = self.weight @ self.root  # [out, in]; the remainder of a split is its tail
+            product: Tensor = self.image @ self.image.T if self.is_left_form else self.image.T @ self.image
         elif self.is_left_form:
-            self.reach = self.gram @ self.weight.T  # [in, out]
+            self.reach: Tensor = self.gram @ self.weight.T  # [in, out]
             product = self.weight @ self.reach
         else:
             product = self.weight.T @ self.weight
@@ -81,7 +95,8 @@ class Splits:
     def _compensated_problem(self, kept: int) -> Tensor:
         if self.is_left_form:
             head = self.image[:, :kept]
-            return self.product - head @ head.T
+            problem: Tensor = self.product - head @ head.T
+            return problem
         return self.product[kept:, kept:]
 
     def _faithful_problem(self, kept: int) -> Tensor:

@@ -37,4 +37,3 @@ def fit(curve: Mapping[float, float]) -> tuple[float, float]:
 
     power = min(POWERS, key=lambda p: at(p)[0])
     return at(power)[1], power
-

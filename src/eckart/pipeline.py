@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from eckart import checkpoint, data, dtypes, files, ledger, recipes
-from eckart.allocators.base import Probe
+from eckart.allocators.base import Allocator, Probe
+from eckart.demo_assets import cache_folder
 from eckart.density import with_density
 from eckart.discovery import Layout, check_finite, discover
 from eckart.errors import OptionError
@@ -20,6 +21,7 @@ from eckart.factorizers.base import Factorizer, GroupDecomposition
 from eckart.goals import Goal, header_bytes, meet, predicted_kl
 from eckart.ledger import Ledger
 from eckart.linear import factorize_, share_basis_, weight_view
+from eckart.observation import needs_windows, observe
 from eckart.plans import Plan, resolve
 from eckart.probe import SlicingProbe, split_for_search
 from eckart.progress import Progress, silent, track
@@ -29,7 +31,7 @@ from eckart.refiners.base import Refinement
 from eckart.statistics import GroupStatistics, Statistics
 from eckart.storage import store_
 from eckart.sweep import sweep
-from eckart.types import Budget, Entry, Group
+from eckart.types import Budget, Entry, Group, Spectrum
 from eckart.work import WorkFolder, fingerprint, state_of
 
 if TYPE_CHECKING:
@@ -101,6 +103,7 @@ def compress(
     reaches before a weight is touched. `options` overrides recipe options (`{"factorizer.damping": 1e-4}`).
     `dtype` is the stored one ("auto": the checkpoint's own); half precision is computed in float32 on a CPU.
     `work` is a folder in which long steps keep what they have finished: the same call resumes there.
+    Measured curves are kept in the user's cache without it.
 
     Raises `UserError` for anything the caller can mend, `NumericalError` for NaN while computing.
     """
@@ -217,13 +220,16 @@ class _Run:
         """The allocator's plan for a share, with what it reaches by the ledger and by the metric."""
         spectra = [self.decompositions[group.name].spectrum for group in groups]
         allocator, budget = self.recipe.make_allocator(), Budget(keep, rank_multiple)
+        if needs_windows(allocator):
+            spectra = self._observe(allocator, groups, keep)
         windows = allocator.probe_windows()
         search = windows and partial(allocator.search, probe=self._probe(groups, windows))
         entries = (search or allocator.allocate)(spectra, budget)
         entries = self._settle([with_density(e, s) for e, s in zip(entries, spectra, strict=True)])
         made = Plan(tuple(entries), asked, {}, self.recipe.to_dict())
         reached = self.ledger(made)
-        ledger.assert_within(reached, keep)
+        if not allocator.may_exceed:
+            ledger.assert_within(reached, keep)
         predicted = predicted_kl(spectra, entries)
         return replace(
             made, reached={**reached.to_dict(), **({} if predicted is None else {"predicted_kl": predicted})}
@@ -248,6 +254,29 @@ class _Run:
         self._decompose([g for g, e in zip(groups, entries, strict=True) if e.rank is not None])
         settled = Plan(tuple(self._settle(entries)), given.asked, {}, given.made_by)
         return replace(settled, reached=self.ledger(settled).to_dict())
+
+    def _observe(self, allocator: Allocator, groups: Sequence[Group], keep: float) -> list[Spectrum]:
+        """Run what the allocator wants to see beside the spectra; the journals are in the work folder."""
+        ids = self._token_windows()
+        assert self.windows is not None
+        data_recipe = self.windows.recipe.to_dict()
+        plain = self.factorizer.resting()
+        depends = {
+            "factorizer": recipes.describe(type(plain).__name__, plain),
+            "calibration": {key: data_recipe[key] for key in ("tokens_hash", "windows", "length")},
+        }
+        with self.timed("observe"):
+            return observe(
+                self.model,
+                self.layout,
+                {group.name: self.decompositions[group.name] for group in groups},
+                allocator,
+                ids,
+                keep,
+                work=self.work or cache_folder() / "work",
+                depends=depends,
+                progress=self.progress,
+            )
 
     def _settle(self, entries: Sequence[Entry]) -> list[Entry]:
         """Let the decompositions decide what the allocator left to them (preserved columns)."""

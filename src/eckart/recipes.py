@@ -104,6 +104,16 @@ BUILT_IN = {
             about="blocks compressed together, uniform ranks (ICLR 2026 no. 6575, as reconstructed)",
         ),
         Recipe(
+            "duo-svd", "column_preserving", "knapsack", about="preserved columns, measured shares (arXiv 2510.19385 v2)"
+        ),
+        Recipe(
+            "cpsvd",
+            "column_preserving",
+            "cpsvd",
+            options={"factorizer": {"early_exit": False, "acceptance": 0.0}},
+            about="preserved columns, shares by similarity and error (arXiv 2510.19385 v1)",
+        ),
+        Recipe(
             "basis-sharing",
             "svd_llm",
             refiners=("refit_coefficients",),

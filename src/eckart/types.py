@@ -113,12 +113,17 @@ class Spectrum:
     `values` is `[full_rank]`, float64 on the CPU, falling. Cutting at rank r makes the error
     `sqrt(sum_{i>r} values_i^2)` in that metric (Eckart and Young 1936). `nats` turns a squared error
     into a predicted loss in nats per token; it is `None` for a metric that does not measure the
-    model's loss (every one without gradients), and then `loss` is `None` as well.
+    model's loss (every one without gradients), and then `loss` is `None` as well. `measured` and
+    `similarity` are there only for an allocator that asks for them: `{share: KL of the model's output}`
+    when this group alone is moved to a share (`eckart.sensitivity`), and the cosine between what enters
+    and what leaves the group's block (`eckart.similarity`).
     """
 
     group: Group
     values: Tensor
     nats: float | None = None
+    measured: Mapping[float, float] | None = None
+    similarity: float | None = None
 
     def error(self, rank: int) -> float:
         """Truncation error at `rank`, in the unit of the metric."""

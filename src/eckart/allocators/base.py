@@ -6,7 +6,7 @@ An allocator never sees a model, a weight or a file.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from eckart import ledger
 from eckart.types import Budget, Entry, Spectrum
@@ -23,7 +23,19 @@ class Probe(Protocol):
 
 @dataclass(frozen=True)
 class Allocator(ABC):
-    """Chooses ranks. The fields of the dataclass are the method's options."""
+    """Chooses ranks. The fields of the dataclass are the method's options.
+
+    Some choose by more than spectra: `wants_curves` has every group measured at the shares `probed`
+    (an attribute of such an allocator, as are `windows` and `length`), `wants_similarity` every block;
+    both come with the spectra. `may_exceed` says that its plans may keep more than was asked.
+    """
+
+    wants_curves: ClassVar[bool] = False
+    wants_similarity: ClassVar[bool] = False
+
+    @property
+    def may_exceed(self) -> bool:
+        return False
 
     @abstractmethod
     def allocate(self, spectra: Sequence[Spectrum], budget: Budget) -> list[Entry]:

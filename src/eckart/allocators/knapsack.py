@@ -79,7 +79,7 @@ class Knapsack(Allocator):
         groups = [spectrum.group for spectrum in spectra]
         total = sum(group.parameters for group in groups)
         if self.budget == "published":
-            picked = published(choices, ledger.share(budget.keep) * total, total)
+            picked = published(choices, budget.keep * total, total)
         else:
             picked = exact(choices, ledger.allowed_parameters(groups, budget.keep))
         return [Entry(g.names, options[p].rank) for g, options, p in zip(groups, choices, picked, strict=True)]
@@ -143,7 +143,7 @@ def _table(costs: list[list[int]], choices: Sequence[Sequence[Choice]], cells: i
     came: list[torch.Tensor] = []
     for row, options in zip(costs, choices, strict=True):
         new = torch.full_like(best, torch.inf)
-        pick = torch.zeros(size, dtype=torch.int16)
+        pick = torch.zeros(size, dtype=torch.uint8)
         for number, (cost, option) in enumerate(zip(row, options, strict=True)):
             if cost >= size:
                 continue

@@ -5,14 +5,14 @@ Differs from `svd_llm.py` in what it cuts, not in its metric: without kept colum
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from math import sqrt
 from typing import ClassVar, final
 
 import torch
 
 from eckart import ledger
-from eckart.columns import Splits, compensated_scores, faithful_scores, kept_for, split
+from eckart.columns import Splits, compensated_scores, faithful_scores, kept_for, positive_definite, split
 from eckart.errors import NumericalError, OptionError
 from eckart.factorizers.base import Factorizer, GroupDecomposition
 from eckart.factorizers.svd_llm import SVDLLM
@@ -68,10 +68,17 @@ class ColumnDecomposition(GroupDecomposition):
     def __init__(self, method: ColumnPreserving, plain: GroupDecomposition) -> None:
         super().__init__(plain.group, plain.decomposition)
         self.method = method
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """The damped input Gram, `[in, in]`, float64; most often the one that the metric holds, not a copy."""
         right = self.decomposition.metric.right
         assert right is not None
         assert right.gram is not None
-        self.gram = right.gram
+        try:
+            return positive_definite(right.gram)
+        except RuntimeError:
+            raise NumericalError(f"{self.group.name}: its input Gram is not positive definite.") from None
 
     def settle(self, entry: Entry) -> Entry:
         """Decide how many columns are kept, if the entry leaves it open."""
@@ -125,10 +132,4 @@ class ColumnDecomposition(GroupDecomposition):
         return scores.argsort(descending=True, stable=True)
 
     def _splits(self, rank: int) -> Splits:
-        try:
-            return Splits(self.decomposition.weight, self.gram, self._order(rank), self.method.compensated)
-        except RuntimeError as error:  # torch's LinAlgError is one
-            raise NumericalError(
-                f"{self.group.name}: its input Gram is singular ({error}); raise column_preserving.damping, "
-                f"which is {self.method.damping:g}, or calibrate on more tokens."
-            ) from None
+        return Splits(self.decomposition.weight, self.gram, self._order(rank), self.method.compensated)

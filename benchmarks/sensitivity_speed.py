@@ -1,0 +1,92 @@
+"""Wall time of the sensitivity pass against the naive one: same modules, same shares, same windows, one run.
+
+    python benchmarks/sensitivity_speed.py MODEL CALIBRATION.txt --out benchmarks/results/sensitivity_speed.json
+
+Naive: the whole model for every candidate, with its full log-probabilities, against stored ones of the
+dense model. Ours: `eckart.sensitivity`, everything included (the walk to each block, the reference, the
+journal). The sample goes through depth and types together: module i of n is of type `i mod types`.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from eckart import checkpoint
+from eckart.data import load_windows
+from eckart.discovery import discover
+from eckart.factorizers.svd_llm import SVDLLM
+from eckart.files import write_text
+from eckart.linear import factorize_, swap_
+from eckart.pipeline import decompose
+from eckart.provenance import versions
+from eckart.sensitivity import candidate_rank, measure_curves
+from eckart.types import Group
+
+KEEP, SHARES = 0.8, (0.2, 0.4, 0.6, 0.9, 1.0)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("calibration")
+    parser.add_argument("--modules", type=int, default=14)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sensitivity_speed.json"))
+    options = parser.parse_args()
+    model, tokenizer = checkpoint.load_model(options.model), checkpoint.load_tokenizer(options.model)
+    windows = load_windows(options.calibration, tokenizer, windows=8, length=512).ids
+    short, layout = windows[:4, :128], discover(model)
+    made = decompose(model, layout, [Group((t,)) for t in layout.targets], SVDLLM(), windows)
+    kinds = list(dict.fromkeys(target.kind for target in layout.targets))
+    last = layout.targets[-1].block
+    sample = []
+    for number in range(options.modules):
+        block = round(number * last / max(1, options.modules - 1))
+        sample.append(next(t.name for t in layout.targets if t.block == block and t.kind == kinds[number % len(kinds)]))
+
+    ours, worst = {}, 0.0
+    reference = model(short).logits.float().log_softmax(-1)
+    dense = {}
+    with tempfile.TemporaryDirectory() as work:
+        start = time.perf_counter()
+        curves = measure_curves(
+            model, layout, made, short, KEEP, work=Path(work), depends={}, shares=SHARES, only=sample
+        )  # fmt: skip
+        ours = {"seconds": time.perf_counter() - start}
+    start = time.perf_counter()
+    for name, decomposition in made.items():
+        dense[name] = model.get_submodule(name)
+        factors = decomposition.truncate(candidate_rank(decomposition.group, KEEP) or 1)
+        factorize_(model, name, factors.basis, factors.coefficients[0])
+    for name in sample:
+        for share in SHARES:
+            resting = swap_(model, name, dense[name])
+            rank = candidate_rank(made[name].group, share)
+            if rank is not None:
+                factors = made[name].truncate(rank)
+                factorize_(model, name, factors.basis, factors.coefficients[0])
+            found = model(short).logits.float().log_softmax(-1)
+            value = float((reference.exp() * (reference - found)).sum(-1).double().sum() / len(short))
+            worst = max(worst, abs(value - curves.losses[name][share]) / value)
+            swap_(model, name, resting)
+    naive = time.perf_counter() - start
+    report = {
+        "sample": sample,
+        "shares": SHARES,
+        "seconds_ours": round(ours["seconds"], 2),
+        "seconds_naive": round(naive, 2),
+        "ratio": round(ours["seconds"] / naive, 3),
+        "largest_relative_difference": worst,
+        "load_average": Path("/proc/loadavg").read_text().split()[0] if Path("/proc/loadavg").exists() else None,
+        "versions": versions(),
+    }
+    write_text(options.out, json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
