@@ -16,17 +16,22 @@ from eckart.types import Target
 Tensor = torch.Tensor
 
 
-def refinable(work: Refinement) -> frozenset[str]:
-    """Names of the targets that are a plain pair of factors with a basis of their own."""
-    layers = {n: m for n, m in work.model.named_modules() if isinstance(m, FactorizedLinear)}
-    readers = Counter(id(layer.basis.weight) for layer in layers.values())
+def plain_pairs(work: Refinement) -> frozenset[str]:
+    """Names of the factorised targets that are a plain pair of factors, without preserved columns."""
     return frozenset(
         name
-        for name, layer in layers.items()
+        for name, layer in work.model.named_modules()
         if name in work.dense_weights
-        and readers[id(layer.basis.weight)] == 1
+        and isinstance(layer, FactorizedLinear)
         and layer.spec() == {"storage": "pair", "rank": layer.rank}
     )
+
+
+def refinable(work: Refinement) -> frozenset[str]:
+    """Names of the targets that are a plain pair with a basis of their own, so that both factors may change."""
+    layers = {n: m for n, m in work.model.named_modules() if isinstance(m, FactorizedLinear)}
+    readers = Counter(id(layer.basis.weight) for layer in layers.values())
+    return frozenset(name for name in plain_pairs(work) if readers[id(layers[name].basis.weight)] == 1)
 
 
 def split_windows(windows: Tensor, size: int, held_out: float) -> tuple[list[Tensor], list[int], list[int]]:

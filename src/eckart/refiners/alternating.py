@@ -1,0 +1,130 @@
+"""Alternating: closed-form regressions against the block's output, matrix after matrix; no gradient."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import torch
+from torch import nn
+
+from eckart.block_descent import BlockError
+from eckart.block_factors import factors_of, put_, refinable, split_windows
+from eckart.errors import NumericalError, OptionError
+from eckart.linalg import DAMPING
+from eckart.linear import FactorizedLinear
+from eckart.progress import track
+from eckart.recorder import Recorder
+from eckart.refiners.base import Refinement, Refiner
+from eckart.residual_target import blend, regress
+from eckart.two_streams import TwoStreams, input_gram, stages
+from eckart.types import Target
+
+Tensor = torch.Tensor
+log = logging.getLogger(__name__)
+
+
+@final
+@dataclass(frozen=True)
+class Alternating(Refiner):
+    """A gradient-free stand-in for `block_collaborative` (the closed-form pieces of LC-SVD as reconstructed).
+
+    In forward order, each matrix is decomposed anew for what it now reads. One that writes to the
+    residual stream (as wide as the stream, with an input of its own: o and down) is regressed on a blend:
+    its own dense outputs and, with weight `share`, what the block's output still lacks. A step that does
+    not lower the block's output error on the share `held_out` of the windows is undone. `sweeps` times;
+    `target` and `batch` as in `block_collaborative`.
+    """
+
+    target: Literal["anchored", "same_input"] = "anchored"
+    sweeps: int = 2
+    share: float = 0.5
+    batch: int = 8
+    held_out: float = 0.1
+    damping: float = DAMPING
+
+    def __post_init__(self) -> None:
+        for name in ("sweeps", "batch", "damping"):
+            if not getattr(self, name) > 0:
+                raise OptionError(f"alternating.{name} is {getattr(self, name):g}, but must be positive.")
+        if not 0 <= self.share <= 1:
+            raise OptionError(f"alternating.share is {self.share:g}, but must lie in [0, 1].")
+        if not 0 < self.held_out < 1:
+            raise OptionError(f"alternating.held_out is {self.held_out:g}, but must lie in (0, 1).")
+
+    @torch.no_grad()
+    def refine_(self, work: Refinement) -> None:
+        batches, train, held_out = split_windows(work.windows, self.batch, self.held_out)
+        blocks, able = work.layout.block_list(work.model), refinable(work)
+        streams = TwoStreams.open(work.model, blocks, batches)
+        for index, block in track(enumerate(blocks), "alternate", len(blocks), work.progress):
+            targets = [target for target in work.layout.targets if target.block == index]
+            goals = streams.goals(block, work.dense_weights, targets, self.target)
+            error = BlockError(streams, block, goals)
+            before = lowest = error.over({}, held_out)
+            if not before < torch.inf:
+                raise NumericalError(f"block {index}: its output holds NaN or infinity before any step.")
+            kept = tried = 0
+            for stage in stages(streams, block, targets) * self.sweeps:
+                chosen = [target for target in stage if target.name in able]
+                if not chosen:
+                    continue
+                old, tried = factors_of(block, chosen), tried + 1
+                self._step(work, streams, block, stage, chosen, goals, train)
+                now = error.over({}, held_out)
+                if now < lowest:
+                    lowest, kept = now, kept + 1
+                else:
+                    put_(block, old)
+            work.notes.append(_notes(index, before, lowest, kept, tried))
+            streams.advance(block)
+
+    def _step(
+        self,
+        work: Refinement,
+        streams: TwoStreams,
+        block: nn.Module,
+        stage: Sequence[Target],
+        chosen: Sequence[Target],
+        goals: Sequence[Tensor],
+        train: Sequence[int],
+    ) -> None:
+        """Regress the matrices of one stage on what they read now."""
+        gram = input_gram(streams, block, chosen[0], train).matrix
+        writes = len(stage) == 1 and stage[0].out_features == goals[0].shape[-1]
+        for target in chosen:
+            weight, layer = work.dense_weights[target.name], block.get_submodule(target.kind)
+            assert isinstance(layer, FactorizedLinear)
+            cross = weight.double() @ gram
+            if writes and self.share > 0:
+                cross = blend(cross, missing_cross(streams, block, target, goals, train), self.share)
+            basis, coefficients = regress(weight, cross, gram, layer.rank, self.damping)
+            put_(block, {target.kind: (basis.to(weight.dtype), coefficients.to(weight.dtype))})
+
+
+def missing_cross(
+    streams: TwoStreams, block: nn.Module, target: Target, goals: Sequence[Tensor], batches: Sequence[int]
+) -> Tensor:
+    """`T Z^T` `[out, in]`, float64: inputs Z of the layer, T what it would have to give to reach the goals.
+
+    All that the block adds besides the layer's output is held fixed, which is exact for the last
+    matrix that writes to the residual stream.
+    """
+    device = goals[0].device
+    total = torch.zeros(target.out_features, target.in_features, dtype=torch.float64, device=device)
+    bias: Tensor | None = block.get_submodule(target.kind).bias  # type: ignore[assignment]
+    with Recorder(block, [target]) as recorder:
+        for index in batches:
+            output = streams.run(block, streams.compressed[index], index)
+            for z, members in recorder.by_input():
+                own = members[0][1] if bias is None else members[0][1] - bias
+                wanted = (goals[index] - output).reshape(-1, own.shape[-1]) + own.reshape(-1, own.shape[-1])
+                total += wanted.T @ z.reshape(-1, z.shape[-1])
+    return total
+
+
+def _notes(index: int, before: float, lowest: float, kept: int, tried: int) -> dict[str, Any]:
+    if kept == 0 and tried:
+        log.warning("block %d: no regression gained on held-out windows; its factors stay as they were", index)
+    figures = {"as_found": float(f"{before:.6g}"), "reached": float(f"{lowest:.6g}")}
+    return {"refiner": "alternating", "block": index, **figures, "kept": kept, "tried": tried, "rolled_back": kept == 0}

@@ -1,0 +1,85 @@
+"""The two gradient-free refiners that go block by block: sequential update and alternating regressions."""
+
+import pytest
+import torch
+from test_block_collaborative import compressed, make_model, text_windows
+
+from eckart.discovery import discover
+from eckart.errors import OptionError
+from eckart.refiners.alternating import Alternating, missing_cross
+from eckart.refiners.sequential_update import SequentialUpdate
+from eckart.testing import tiny_models
+from eckart.two_streams import TwoStreams
+
+
+def inputs_of(model, name, windows):
+    """What a layer reads in a plain run of the whole model, `[tokens, in]`, float64."""
+    seen = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(input_ids=windows, use_cache=False)
+    handle.remove()
+    return seen[0].flatten(0, 1).double()
+
+
+def test_sequential_update_fits_every_layer_to_what_it_reads_in_the_final_model():
+    """The last property that only the forward order gives: the coefficients are optimal on the *final* inputs."""
+    work = compressed(make_model())
+    bases = {name: work.model.get_submodule(name).basis.weight.detach().clone() for name in work.dense_weights}
+    SequentialUpdate(damping=1e-12).refine_(work)
+    for name, weight in work.dense_weights.items():
+        layer = work.model.get_submodule(name)
+        assert torch.equal(layer.basis.weight, bases[name])
+        x = inputs_of(work.model, name, work.windows)
+        seen = x @ layer.basis.weight.detach().double().T
+        expected = torch.linalg.lstsq(seen, x @ weight.double().T).solution.T
+        assert torch.allclose(layer.coefficients.weight.double(), expected, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_alternating_lowers_the_block_error_or_says_so(caplog):
+    work = compressed(make_model())
+    Alternating(batch=6).refine_(work)
+    assert [notes["block"] for notes in work.notes] == [0, 1, 2]
+    for notes in work.notes:
+        assert (notes["reached"] < notes["as_found"]) != notes["rolled_back"]
+        assert notes["tried"] == 2 * 4
+    assert any(not notes["rolled_back"] for notes in work.notes)
+    again = compressed(make_model())
+    Alternating(batch=6).refine_(again)
+    assert again.notes == work.notes
+
+
+def test_the_missing_output_of_the_last_matrix_is_exact():
+    """With the down projection dense and fitted to what is missing, the block reaches the goals as well as it can."""
+    model, windows = make_model(), text_windows(8)
+    layout = discover(model)
+    (down,) = (t for t in layout.targets if t.block == 0 and t.kind.endswith("down_proj"))
+    block = model.model.layers[0]
+    streams = TwoStreams.open(model, model.model.layers, [windows])
+    z = inputs_of(model, down.name, windows)
+    goals = [torch.randn(8, windows.shape[1], 32, generator=torch.Generator().manual_seed(0))]
+    with torch.no_grad():
+        cross = missing_cross(streams, block, down, goals, [0])
+        block.mlp.down_proj.weight.copy_(torch.linalg.solve(z.T @ z, cross.T).T)
+        residual = (goals[0] - streams.run(block, streams.compressed[0], 0)).flatten(0, 1).double()
+    # least squares leaves nothing that the inputs could still explain
+    assert float((residual.T @ z).norm() / (residual.norm() * z.norm())) < 1e-3
+
+
+@pytest.mark.parametrize("family", sorted(tiny_models()))
+def test_every_family(family):
+    for refiner in (SequentialUpdate(), Alternating(batch=3, sweeps=1)):
+        work = compressed(tiny_models()[family](), count=6)
+        refiner.refine_(work)
+        assert all(bool(torch.isfinite(p).all()) for p in work.model.parameters())
+
+
+def test_bad_options():
+    for make, text in (
+        (lambda: Alternating(share=1.5), "alternating.share is 1.5, but must lie in [0, 1]."),
+        (lambda: Alternating(sweeps=0), "alternating.sweeps is 0, but must be positive."),
+        (lambda: SequentialUpdate(damping=0.0), "sequential_update.damping is 0, but must be positive."),
+    ):
+        with pytest.raises(OptionError) as caught:
+            make()
+        assert str(caught.value) == text
