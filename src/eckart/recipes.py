@@ -114,6 +114,14 @@ BUILT_IN = {
             about="preserved columns, shares by similarity and error (arXiv 2510.19385 v1)",
         ),
         Recipe(
+            "d-rank",
+            "svd_llm",
+            "energy_effective_rank",
+            refiners=("refit_coefficients",),
+            options={"grouping": {"size": "auto"}},
+            about="ranks by energy effective rank, shared bases, rebalanced attention (arXiv 2509.25622)",
+        ),
+        Recipe(
             "basis-sharing",
             "svd_llm",
             refiners=("refit_coefficients",),

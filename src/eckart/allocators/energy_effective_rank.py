@@ -1,0 +1,155 @@
+"""D-Rank: ranks by the square root of each group's energy effective rank, then rebalanced attention."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal, final
+
+from eckart import ledger
+from eckart.allocators.base import Allocator, checked
+from eckart.allocators.uniform import Uniform
+from eckart.density import MEASURES
+from eckart.errors import BudgetError, OptionError
+from eckart.grouping import FUSED_ATTENTION, KEY, QUERY, VALUE, matches
+from eckart.lagrange import Bidder, integer_ranks, total
+from eckart.rebalance import rebalance_
+from eckart.types import Budget, Entry, Spectrum
+
+logger = logging.getLogger(__name__)
+
+
+@final
+@dataclass(frozen=True)
+class EnergyEffectiveRank(Allocator):
+    """Minimises `sum R_g / k_g` for each kind at the cost of uniform ranks (arXiv 2509.25622, sec. 3.2-3.3).
+
+    `beta` is the share of the ranks of queries and keys that goes to the values; "auto" is .30, .35
+    from 40 % removed, .40 from 50 %. `guard` "code" is the authors' released behaviour (a kind falls
+    back to uniform ranks when they discard less energy, `gate` always, queries, keys and values
+    never), "paper" has none, "every" guards all kinds. With `dense_cap` (ours) a group whose factors
+    would cost as much as its matrices stays dense. `scope` "model" lets kinds trade with each other.
+    `measure` is the density R. The last four name the roles that rebalancing and guard tell apart.
+    """
+
+    beta: float | str = "auto"
+    guard: Literal["paper", "code", "every"] = "paper"
+    dense_cap: bool = False
+    measure: Literal["energy_effective_rank", "effective_rank", "stable_rank", "rank_at_95"] = "energy_effective_rank"
+    scope: Literal["kind", "model"] = "kind"
+    query: str = QUERY
+    key: str = KEY
+    value: str = VALUE
+    gate: str = "*gate_proj"
+
+    def __post_init__(self) -> None:
+        if self.beta != "auto" and (isinstance(self.beta, str) or not 0 <= self.beta < 1):
+            raise OptionError(f'energy_effective_rank.beta is {self.beta!r}, but must be a number in [0, 1) or "auto".')
+        if self.scope == "model" and self.guard != "paper":
+            raise OptionError(
+                f"energy_effective_rank.guard is {self.guard!r} with scope 'model', but the guard compares kind by "
+                "kind; set scope to 'kind' or guard to 'paper'."
+            )
+
+    def allocate(self, spectra: Sequence[Spectrum], budget: Budget) -> list[Entry]:
+        checked(spectra, budget)
+        if budget.keep == 1:
+            return [Entry(s.group.names, None) for s in spectra]
+        uniform = self._uniform_ranks(spectra, budget)
+        bidders = [self._bidder(spectrum, budget.rank_multiple) for spectrum in spectra]
+        ranks = [0] * len(spectra)
+        for members in _by_kind(spectra).values() if self.scope == "kind" else [list(range(len(spectra)))]:
+            asked = [bidders[i] for i in members]
+            found = integer_ranks(asked, total(asked, [uniform[i] for i in members]))
+            for i, rank in zip(members, found, strict=True):
+                ranks[i] = rank
+        guarded = self._apply_guard(spectra, ranks, uniform)
+        details: list[dict[str, object]] = [
+            {self.measure: round(b.density, 3)} | ({"guard": "uniform"} if i in guarded else {})
+            for i, b in enumerate(bidders)
+        ]
+        self._rebalance(spectra, bidders, ranks, details, budget)
+        return [
+            Entry(s.group.names, None if b.ceiling is not None and rank == b.cap else rank, details=detail)
+            for s, b, rank, detail in zip(spectra, bidders, ranks, details, strict=True)
+        ]
+
+    def _uniform_ranks(self, spectra: Sequence[Spectrum], budget: Budget) -> list[int]:
+        """What each kind may spend is what uniform ranks of that kind would cost."""
+        for spectrum in spectra:
+            group = spectrum.group
+            if ledger.largest_rank(group, ledger.share(budget.keep) * group.parameters) < 1:
+                lowest = ledger.parameters(group, 1) / group.parameters
+                raise BudgetError(
+                    f"keep is {budget.keep:g}, but {group.name} needs {lowest:.4f} for rank 1, and here each kind "
+                    f"has a budget of its own; ask for {lowest:.4f} or more, or leave it out with --exclude."
+                )
+        entries = Uniform().allocate(spectra, budget)
+        return [entry.rank for entry in entries if entry.rank is not None]
+
+    def _bidder(self, spectrum: Spectrum, multiple: int) -> Bidder:
+        group, density = spectrum.group, MEASURES[self.measure](spectrum.values)
+        cost = ledger.parameters(group, 1)
+        if not self.dense_cap:
+            return Bidder(density, cost, group.full_rank, None, multiple)
+        return Bidder(density, cost, -(-group.parameters // cost), group.parameters, multiple)
+
+    def _apply_guard(self, spectra: Sequence[Spectrum], ranks: list[int], uniform: Sequence[int]) -> set[int]:
+        """Put uniform ranks where the guard demands it, in place; the indices of the groups that fell back."""
+        attention = (self.query, self.key, self.value, *FUSED_ATTENTION)
+        guarded: set[int] = set()
+        for kind, members in _by_kind(spectra).items():
+            if self.guard == "paper" or (self.guard == "code" and matches(kind, attention)):
+                continue
+            always = self.guard == "code" and matches(kind, (self.gate,))
+            lost = [sum(spectra[i].error(chosen[i]) ** 2 for i in members) for chosen in (ranks, uniform)]
+            if always or lost[0] >= lost[1]:
+                guarded.update(members)
+                for i in members:
+                    ranks[i] = uniform[i]
+        return guarded
+
+    def _rebalance(
+        self,
+        spectra: Sequence[Spectrum],
+        bidders: Sequence[Bidder],
+        ranks: list[int],
+        details: list[dict[str, object]],
+        budget: Budget,
+    ) -> None:
+        """Rebalance every attention module that has all three roles, in place; say so if there is none."""
+        beta = auto_beta(budget.keep) if isinstance(self.beta, str) else ledger.share(self.beta)
+        if beta == 0:
+            return
+        kinds, done = _by_kind(spectra), False
+        for parent in dict.fromkeys(kind.rpartition(".")[0] for kind in kinds):
+            here = [kind for kind in kinds if kind.rpartition(".")[0] == parent]
+            roles = [[kind for kind in here if matches(kind, (role,))] for role in (self.query, self.key, self.value)]
+            if not all(roles):
+                continue
+            givers = [i for role in roles[:2] for kind in role for i in kinds[kind]]
+            takers = [i for kind in roles[2] for i in kinds[kind]]
+            for i in givers + takers:
+                details[i]["rank_before_rebalancing"] = ranks[i]
+            rebalance_(bidders, ranks, givers, takers, beta)
+            done = True
+        if not done:
+            logger.warning(
+                "no attention with separate %s, %s and %s among the targets: nothing is rebalanced.",
+                self.query, self.key, self.value,
+            )  # fmt: skip
+
+
+def auto_beta(keep: float) -> Fraction:
+    """The best of the paper's beta at each share removed: .30, .35 from 40 %, .40 from 50 %."""
+    removed = 1 - ledger.share(keep)
+    percent = 40 if removed >= Fraction(1, 2) else 35 if removed >= Fraction(2, 5) else 30
+    return Fraction(percent, 100)
+
+
+def _by_kind(spectra: Sequence[Spectrum]) -> dict[str, list[int]]:
+    """Indices of the spectra of each kind."""
+    kinds: dict[str, list[int]] = {}
+    for index, spectrum in enumerate(spectra):
+        kinds.setdefault(spectrum.group.kind, []).append(index)
+    return kinds
