@@ -139,8 +139,8 @@ def test_empty_like_stays_on_meta() -> None:
     [
         ({"storage": "folded", "rank": 3}, "storage is 'folded'"),
         ({"rank": 3}, "storage is None"),
-        ({"storage": "pair", "rank": 0}, r"rank is 0, but it must be a whole number in \[1, 10\]"),
-        ({"storage": "pair", "rank": 11}, "rank is 11"),
+        ({"storage": "pair", "rank": 0}, r"rank is 0, but it must be a whole number in \[1, 12\]"),
+        ({"storage": "pair", "rank": 13}, "rank is 13"),
         ({"storage": "pair", "rank": True}, "rank is True"),
         ({"storage": "pair", "rank": "3"}, "rank is '3'"),
         ({"storage": "pair"}, "rank is None"),

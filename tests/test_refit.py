@@ -7,11 +7,11 @@ import torch
 
 from eckart.discovery import discover
 from eckart.errors import OptionError
-from eckart.linear import FactorizedLinear, factorize_, share_basis_, weight_view
+from eckart.linear import FactorizedLinear, factorize_, share_basis_, swap_, weight_view
 from eckart.plans import Plan
 from eckart.recipes import find
 from eckart.refiners.base import Refinement
-from eckart.refiners.refit_coefficients import RefitCoefficients, refit
+from eckart.refiners.refit_coefficients import RefitCoefficients, correction
 from eckart.testing import tiny_models
 from eckart.types import Entry
 
@@ -23,15 +23,16 @@ def normal(*shape, seed=0):
 def test_refit_equals_a_least_squares_solver():
     weight, basis, coefficients, x = normal(7, 12), normal(4, 12, seed=1), normal(7, 4, seed=2), normal(50, 12, seed=3)
     solved = torch.linalg.lstsq(x @ basis.T, x @ weight.T).solution.T
-    found = refit(weight, basis, coefficients, x.T @ x, 1e-14)
+    found = coefficients + correction(weight - coefficients @ basis, basis, x.T @ x, 1e-14)
     torch.testing.assert_close(found, solved, rtol=1e-10, atol=1e-10)
 
 
 def test_directions_without_data_keep_their_coefficients():
     weight, basis, coefficients = normal(7, 12), normal(4, 12, seed=1), normal(7, 4, seed=2)
-    assert torch.equal(refit(weight, basis, coefficients, torch.zeros(12, 12).double(), 1e-6), coefficients)
+    residual = weight - coefficients @ basis
+    assert not correction(residual, basis, torch.zeros(12, 12).double(), 1e-6).any()
     x = normal(2, 12, seed=3)  # fewer tokens than ranks: the fit on them is perfect, the rest stays
-    found = refit(weight, basis, coefficients, x.T @ x, 1e-9)
+    found = coefficients + correction(residual, basis, x.T @ x, 1e-9)
     torch.testing.assert_close(x @ basis.T @ found.T, x @ weight.T, rtol=1e-5, atol=1e-5)
     unseen = torch.linalg.svd(x @ basis.T).Vh[2:]  # directions of the basis that x never enters
     torch.testing.assert_close(found @ unseen.T, coefficients @ unseen.T, rtol=1e-4, atol=1e-4)
@@ -116,6 +117,22 @@ def test_full_rank_gives_the_dense_model_back():
     with torch.no_grad():
         mended, wanted = model(work.windows).logits, dense(work.windows).logits
     torch.testing.assert_close(mended, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_preserved_columns_stay_and_the_rest_is_fitted():
+    model, work = compressed(shared=False)
+    name, kept = "model.layers.0.mlp.up_proj", torch.tensor([3, 8, 20])
+    rest = torch.tensor([i for i in range(32) if i not in kept])
+    weight, other = work.dense_weights[name], tiny_models()["llama"]().double()
+    swap_(model, name, other.get_submodule(name))
+    factorize_(model, name, normal(6, 29), normal(64, 6, seed=1), kept, weight[:, kept])
+    before = copy.deepcopy(model)
+    RefitCoefficients(damping=1e-12).refine_(work)
+    layer, x = model.get_submodule(name), inputs(before, [name], work.windows)[name]
+    assert torch.equal(layer.kept.weight, weight[:, kept])
+    z = x[:, rest] @ layer.basis.weight.detach().T
+    solved = torch.linalg.lstsq(z, x[:, rest] @ weight[:, rest].T).solution.T
+    torch.testing.assert_close(layer.coefficients.weight.detach(), solved, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("keep", "runs"), [(0.8, False), (0.601, False), (0.6, True), (0.5998, True), (0.3, True)])

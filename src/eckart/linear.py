@@ -208,6 +208,8 @@ def empty_like(module: nn.Module, spec: Mapping[str, Any]) -> FactorizedLinear |
     if storage not in ("pair", "pivoted", "columns"):
         raise ValueError(f"storage is {storage!r}, which this eckart does not know; install a newer one.")
     largest, name = (full - 1, "one below the full rank") if storage == "pivoted" else (full, "the full rank")
+    if storage == "pair":  # a basis may be shared, and of a rank that one member alone could not have
+        largest, name = in_features, "the input size"
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= largest:
         raise ValueError(
             f"rank is {rank!r}, but it must be a whole number in [1, {largest}], {name} of "

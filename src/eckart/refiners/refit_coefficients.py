@@ -7,7 +7,7 @@ import torch
 
 from eckart.errors import NumericalError, OptionError
 from eckart.linalg import DAMPING
-from eckart.linear import FactorizedLinear
+from eckart.linear import FactorizedLinear, KeptColumnsLinear
 from eckart.refiners.base import Refinement, Refiner
 from eckart.statistics import Need
 from eckart.sweep import sweep
@@ -46,28 +46,32 @@ class RefitCoefficients(Refiner):
                 layer = work.model.get_submodule(name)
                 if isinstance(layer, FactorizedLinear) and name in work.dense_weights:
                     assert statistics.input_gram is not None
-                    refitted = refit(
-                        work.dense_weights[name],
-                        layer.basis.weight,
-                        layer.coefficients.weight,
-                        statistics.input_gram.matrix,
-                        self.damping,
-                    )
-                    if not torch.isfinite(refitted).all():
+                    residual = work.dense_weights[name].double() - layer.weight.double()
+                    gram = statistics.input_gram.matrix
+                    change = correction(residual, whole_basis(layer).double(), gram, self.damping)
+                    if not torch.isfinite(change).all():
                         raise NumericalError(f"{name}: NaN or infinity in its refitted coefficients.")
-                    layer.coefficients.weight.copy_(refitted)
+                    layer.coefficients.weight.copy_(layer.coefficients.weight.double() + change)
 
 
-def refit(weight: Tensor, basis: Tensor, coefficients: Tensor, gram: Tensor, damping: float) -> Tensor:
-    """`C + (W - C B) G B^T (B G B^T + d I)^-1`, the damped least-squares coefficients, float64 `[out, rank]`.
+def correction(residual: Tensor, basis: Tensor, gram: Tensor, damping: float) -> Tensor:
+    """`(W - Ŵ) G B^T (B G B^T + d I)^-1` `[out, rank]`, what to add to the coefficients for the least squares.
 
-    `weight` is `[out, in]`, `basis` B `[rank, in]`, `coefficients` C `[out, rank]`, `gram` G `[in, in]`.
+    `residual` is W - Ŵ `[out, in]`, `basis` B `[rank, in]`, `gram` G `[in, in]`, all float64.
     """
-    weight, basis, coefficients = weight.double(), basis.double(), coefficients.double()
     seen = gram @ basis.T  # [in, rank]
     inner = basis @ seen
     mean = inner.diagonal().mean()
     inner.diagonal().add_(damping * (mean if mean > 0 else 1.0))
-    residual = (weight - coefficients @ basis) @ seen
-    correction: Tensor = torch.linalg.solve(inner, residual.T).T
-    return coefficients + correction
+    change: Tensor = torch.linalg.solve(inner, (residual @ seen).T).T
+    return change
+
+
+def whole_basis(layer: FactorizedLinear) -> Tensor:
+    """The basis over all inputs, `[rank, in]`: zero at preserved columns, which stay as they are."""
+    basis = layer.basis.weight
+    if not isinstance(layer, KeptColumnsLinear):
+        return basis
+    wide = basis.new_zeros(layer.rank, layer.in_features)
+    wide[:, layer.column_order[: basis.shape[1]].long()] = basis
+    return wide
