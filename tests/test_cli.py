@@ -160,3 +160,28 @@ def test_version_as_an_installed_program():
     said = subprocess.run([sys.executable, "-m", "eckart", "--version"], capture_output=True, text=True, check=True)
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     assert said.stdout.strip() == f"eckart {project['version']}" == f"eckart {eckart.__version__}"
+
+
+def test_inspect_shows_the_effective_ranks(workspace, monkeypatch, capsys):
+    """The oracle: the entropy of the energies of the outputs on the calibration data, from a plain run."""
+    import torch
+
+    assert run(monkeypatch, "inspect", "dense", "--spectra", *SOME_TEXT, "--json") == 0
+    rows = {row["targets"][0]: row for row in json.loads(capsys.readouterr().out)["spectra"]}
+    assert len(rows) == 14
+    name, seen = "model.layers.1.mlp.down_proj", []
+    model = eckart.checkpoint.load_model("dense")
+    model.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        model(input_ids=eckart.load_windows("text.txt", tiny_tokenizer(), windows=6, length=24).ids, use_cache=False)
+    energy = torch.linalg.svdvals(seen[0].flatten(0, 1).double()).square()
+    shares = energy / energy.sum()
+    expected = float(torch.exp(-(shares * shares.log()).sum()))
+    assert rows[name]["energy_effective_rank"] == pytest.approx(expected, rel=1e-3)
+    assert rows[name]["stable_rank"] == pytest.approx(float(energy.sum() / energy[0]), rel=1e-3)
+    assert run(monkeypatch, "inspect", "dense", "--spectra", *SOME_TEXT, "--recipe", "basis-sharing") == 0
+    shown = capsys.readouterr().out
+    assert "Spectra" in shown
+    assert "more" in shown  # the rest of a group; the table folds to the terminal
+    assert run(monkeypatch, "inspect", "dense", "--json") == 0
+    assert "spectra" not in json.loads(capsys.readouterr().out)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from eckart.ledger import Ledger
     from eckart.linear import FactorizedLinear
     from eckart.measure import evaluate, perplexity
-    from eckart.pipeline import Calibration, Compression, compress, plan
+    from eckart.pipeline import Calibration, Compression, compress, plan, spectra
     from eckart.plans import Plan
     from eckart.recipes import Recipe
     from eckart.types import Budget
@@ -53,6 +53,7 @@ _HOME = {
     "perplexity": "measure",
     "plan": "pipeline",
     "save": "checkpoint",
+    "spectra": "pipeline",
 }
 
 __all__ = [
@@ -79,6 +80,7 @@ __all__ = [
     "perplexity",
     "plan",
     "save",
+    "spectra",
 ]
 
 

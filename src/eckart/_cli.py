@@ -66,16 +66,51 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 @app.command()
-def inspect(model: Model, include: Include = [], exclude: Exclude = [], as_json: Json = False) -> None:  # noqa: B006
-    """What would be compressed, what would not, and why.
+def inspect(
+    model: Model,
+    include: Include = [],  # noqa: B006
+    exclude: Exclude = [],  # noqa: B006
+    spectra: Annotated[bool, typer.Option("--spectra", help="Calibrate, and show how dense each module is.")] = False,
+    recipe: Recipe = "svd-llm",
+    option: Options = [],  # noqa: B006
+    data: Data = "wikitext2",
+    windows: Windows = 256,
+    length: Length = 2048,
+    seed: Seed = None,
+    join: Join = "\\n\\n",
+    bos: Bos = "start",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """What would be compressed, what would not, and why; with --spectra the effective ranks of each module, too.
 
-    Example: `eckart inspect HuggingFaceTB/SmolLM2-135M --exclude '*.k_proj'`
+    Without --spectra no weight is read, and the options from --recipe on have no part in it.
+
+    Example: `eckart inspect MODEL --spectra --data corpus.txt --windows 32 --length 512`
     """
     layout = eckart.inspect(model, include=include, exclude=exclude)
+    rows: list[dict[str, Any]] = []
+    if spectra:
+        from eckart.density import describe
+
+        with terminal.progress_bars(quiet=as_json) as progress:
+            found = eckart.spectra(
+                model,
+                recipe=recipe,
+                options=parse_options(option),
+                calibration=eckart.Calibration(data, windows, length, seed, unescape(join), bos),
+                include=include,
+                exclude=exclude,
+                device=device,
+                progress=progress,
+            )
+        rows = [describe(spectrum) for spectrum in found]
     if as_json:
-        print_json({"model": model, **asdict(layout)})
-    else:
-        terminal.show_layout(layout)
+        print_json({"model": model, **asdict(layout), **({"spectra": rows} if spectra else {})})
+        return
+    terminal.show_layout(layout)
+    if spectra:
+        terminal.show_spectra(rows)
 
 
 @app.command()

@@ -77,6 +77,21 @@ def show_layout(layout: "Layout") -> None:
     table("Left as it is", ("reason", "parameters", "of the model"), left)
 
 
+def show_spectra(rows: Sequence[dict[str, Any]]) -> None:
+    """The densities of each module, or group of modules, in the metric of the recipe."""
+    columns = ("energy_effective_rank", "effective_rank", "stable_rank", "rank_at_95")
+    cells = [
+        (
+            row["targets"][0] + (f" and {len(row['targets']) - 1} more" if len(row["targets"]) > 1 else ""),
+            f"{row['out']} x {row['in']}",
+            *(f"{row[name]:.1f}" for name in columns),
+        )
+        for row in rows
+    ]
+    heads = ("module", "out x in", "energy eff. rank", "effective rank", "stable rank", "rank at 95 %")
+    table("Spectra", heads, cells)
+
+
 def show_ledger(ledger: "Ledger") -> None:
     """Parameters and bytes before and after, of the targets and of the whole model."""
     rows = [

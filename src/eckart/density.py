@@ -11,6 +11,7 @@ density 1. Four measures that are often confused:
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -44,6 +45,14 @@ def rank_at_95(values: Tensor) -> float:
 MEASURES: dict[str, Callable[[Tensor], float]] = {
     measure.__name__: measure for measure in (energy_effective_rank, effective_rank, stable_rank, rank_at_95)
 }
+
+
+def describe(spectrum: Spectrum) -> dict[str, Any]:
+    """A group with all four densities, as plain data."""
+    group = spectrum.group
+    shape = {"out": group.out_features, "in": group.in_features, "full_rank": group.full_rank}
+    densities = {name: round(measure(spectrum.values), 3) for name, measure in MEASURES.items()}
+    return {"targets": list(group.names), "kind": group.kind, **shape, **densities}
 
 
 def with_density(entry: Entry, spectrum: Spectrum) -> Entry:

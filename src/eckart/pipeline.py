@@ -148,6 +148,24 @@ def plan(
     return run.make_plan(goal, rank_multiple)
 
 
+def spectra(
+    model: "str | PreTrainedModel",
+    *,
+    recipe: str | Recipe = "svd-llm",
+    options: Mapping[str, Any] | None = None,
+    calibration: Calibration | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    device: str = "cpu",
+    dtype: str = "auto",
+    progress: Progress = silent,
+) -> list[Spectrum]:
+    """The spectrum of every group in the metric of the recipe, before any rank is chosen; no weight is touched."""
+    run = _Run(model, recipe, options, calibration, tokenizer, include, exclude, device, dtype, progress)
+    return run.spectra(run.recipe.make_grouping().groups(run.layout.targets))
+
+
 class _Run:
     """One run of the pipeline: what its stages hand to each other."""
 
@@ -215,6 +233,11 @@ class _Run:
                 self.layout.target_parameters,
                 overhead,
             )
+
+    def spectra(self, groups: Sequence[Group]) -> list[Spectrum]:
+        """Decompose the groups; their spectra in the same order."""
+        self._decompose(groups)
+        return [self.decompositions[group.name].spectrum for group in groups]
 
     def _allocate(self, groups: Sequence[Group], keep: float, rank_multiple: int, asked: Mapping[str, Any]) -> Plan:
         """The allocator's plan for a share, with what it reaches by the ledger and by the metric."""
