@@ -162,7 +162,7 @@ def spectra(
     progress: Progress = silent,
 ) -> list[Spectrum]:
     """The spectrum of every group in the metric of the recipe, before any rank is chosen; no weight is touched."""
-    run = _Run(model, recipe, options, calibration, tokenizer, include, exclude, device, dtype, progress)
+    run = _Run(model, recipe, options, calibration, tokenizer, include, exclude, device, dtype, None, progress)
     return run.spectra(run.recipe.make_grouping().groups(run.layout.targets))
 
 
