@@ -12,7 +12,7 @@ from eckart.linalg import DAMPING
 from eckart.linear import FactorizedLinear
 from eckart.progress import track
 from eckart.refiners.base import Refinement, Refiner
-from eckart.refiners.refit_coefficients import refit
+from eckart.refiners.refit_coefficients import correction
 from eckart.sweep import BATCH_TOKENS
 from eckart.two_streams import TwoStreams, input_gram, stages
 
@@ -49,5 +49,7 @@ class SequentialUpdate(Refiner):
                     assert isinstance(layer, FactorizedLinear)
                     basis, coefficients = layer.basis.weight, layer.coefficients.weight
                     weight = work.dense_weights[target.name]
-                    put_(block, {target.kind: (basis, refit(weight, basis, coefficients, gram.matrix, self.damping))})
+                    residual = weight.double() - coefficients.double() @ basis.double()
+                    change = correction(residual, basis.double(), gram.matrix, self.damping)
+                    put_(block, {target.kind: (basis, coefficients + change.to(coefficients.dtype))})
             streams.advance(block)
