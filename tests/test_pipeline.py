@@ -60,7 +60,7 @@ def test_every_family(family, calibration, tmp_path):
     assert made.ledger.model_parameters_kept == sum(p.numel() for p in made.model.parameters())
 
 
-@pytest.mark.parametrize("recipe", ["svd", "svd-llm"])
+@pytest.mark.parametrize("recipe", sorted(BUILT_IN))
 def test_keep_1_gives_the_dense_logits_back(recipe, folder, calibration, tmp_path):
     dense = logits(eckart.checkpoint.load_model(folder))
     made = eckart.compress(folder, recipe=recipe, keep=1.0, calibration=calibration, out=tmp_path / "same")

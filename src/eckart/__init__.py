@@ -2,7 +2,7 @@
 
     import eckart
 
-    made = eckart.compress("model-folder", recipe="svd-llm", keep=0.8, out="smaller")
+    made = eckart.compress("model-folder", keep=0.8, out="smaller")
     model = eckart.load("smaller")
     print(eckart.evaluate("smaller", against="model-folder"))
 

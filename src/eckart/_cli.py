@@ -117,7 +117,7 @@ def inspect(
 def plan(
     model: Model,
     out: Annotated[Path, typer.Option(help="Where to write the plan (.json).")],
-    recipe: Recipe = "svd-llm",
+    recipe: Recipe = "eckart",
     keep: Keep = None,
     size: Size = None,
     max_kl: MaxKl = None,
@@ -167,7 +167,7 @@ def plan(
 def compress(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint; must be new or empty.")],
-    recipe: Recipe = "svd-llm",
+    recipe: Recipe = "eckart",
     keep: Keep = None,
     size: Size = None,
     max_kl: MaxKl = None,
@@ -290,7 +290,7 @@ def convert(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the compressed model.")] = Path("eckart-demo"),
     keep: Annotated[float, typer.Option(help="Share of the targets' parameters that is KEPT, in (0, 1].")] = 0.8,
-    recipe: Recipe = "svd-llm",
+    recipe: Recipe = "eckart",
     as_json: Json = False,
 ) -> None:
     """The whole job on a real 135M model that comes from the package registry; no hub, no data needed.

@@ -49,7 +49,7 @@ class DemoReport:
         }
 
 
-def run_demo(out: Path, *, recipe: str = "svd-llm", keep: float = 0.8, progress: Progress = silent) -> DemoReport:
+def run_demo(out: Path, *, recipe: str = "eckart", keep: float = 0.8, progress: Progress = silent) -> DemoReport:
     """Fetch, compress, save, load back, measure both models under one protocol, let both write.
 
     Raises `UserError` when `out` is taken or the model's package cannot be fetched.

@@ -75,7 +75,7 @@ class Compression:
 def compress(
     model: "str | PreTrainedModel",
     *,
-    recipe: str | Recipe = "svd-llm",
+    recipe: str | Recipe = "eckart",
     keep: float | None = None,
     size: int | str | None = None,
     max_kl: float | None = None,
@@ -127,7 +127,7 @@ def compress(
 def plan(
     model: "str | PreTrainedModel",
     *,
-    recipe: str | Recipe = "svd-llm",
+    recipe: str | Recipe = "eckart",
     keep: float | None = None,
     size: int | str | None = None,
     max_kl: float | None = None,
@@ -151,7 +151,7 @@ def plan(
 def spectra(
     model: "str | PreTrainedModel",
     *,
-    recipe: str | Recipe = "svd-llm",
+    recipe: str | Recipe = "eckart",
     options: Mapping[str, Any] | None = None,
     calibration: Calibration | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,

@@ -56,12 +56,12 @@ def sweep(
     stream = open_stream(model, blocks, split_batches(windows, batch_tokens))
     if not needs & GRADIENT_NEEDS:
         for index in track(range(len(blocks)), "calibrate", len(blocks), progress):
-            yield _forward_block(blocks[index], targets[index], stream, needs, whole_gram)
+            yield _forward_block(f"{layout.blocks}.{index}", blocks[index], targets[index], stream, needs, whole_gram)
         return
     entrances = []
     for index in track(range(len(blocks)), "calibrate", len(blocks), progress):
         entrances.append(list(stream.hidden))
-        _forward_block(blocks[index], [], stream, frozenset())
+        _forward_block(f"{layout.blocks}.{index}", blocks[index], [], stream, frozenset())
     gradients = loss_gradients(model, blocks, stream, needs, seed, progress)
     for index in track(reversed(range(len(blocks))), "gradients", len(blocks), progress):
         calls = [per_batch[index] for per_batch in stream.calls]
@@ -69,6 +69,7 @@ def sweep(
 
 
 def _forward_block(
+    name: str,
     block: nn.Module,
     targets: Sequence[Target],
     stream: Stream,
@@ -86,6 +87,5 @@ def _forward_block(
     for target in targets:
         finish_inputs(target, result[target.name], needs)
     if not all(bool(torch.isfinite(hidden).all()) for hidden in stream.hidden):
-        name = targets[0].name.removesuffix("." + targets[0].kind) if targets else "a block"
         raise NumericalError(f"{name}: its output holds NaN or infinity; calibrate in float32 or bfloat16.")
     return result
