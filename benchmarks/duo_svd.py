@@ -167,14 +167,15 @@ def plot(report: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(5.5, 5))
     axes = figure.add_subplot()
     points = [(n, r["predicted_kl"], r["kl"]) for n, r in report["rows"].items() if "predicted_kl" in r]
-    both = [value for _, *pair in points for value in pair]
-    ends = (min(both) * 0.85, max(both) * 1.15)
-    axes.plot(ends, ends, color="grey", linewidth=1, linestyle="--")
+    axes.plot([0, 1.1], [0, 1.1], color="grey", linewidth=1, linestyle="--", label="prediction = measurement")
     for name, expected, found in points:
-        exact = not name.startswith(("both", "columns"))
-        axes.scatter(expected, found, color="C0" if exact else "C1", zorder=3)
-        axes.annotate(name, (expected, found), xytext=(5, -9), textcoords="offset points", fontsize=7)
-    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+        plain = not name.startswith(("both", "columns", "compensated"))
+        axes.scatter(expected, found, color="C0" if plain else "C1", zorder=3)
+        side = (6, -3) if plain else (6, 3)
+        axes.annotate(name, (expected, found), xytext=side, textcoords="offset points", fontsize=6)
+    axes.set_ylim(0, 1.1)
+    axes.set_xlim(min(x for _, x, _ in points) - 0.05, 1.45)
+    axes.legend(fontsize=7, loc="upper left")
     axes.set_xlabel("predicted KL, nats per token (separable, around uniform)")
     axes.set_ylabel("measured KL, nats per token")
     axes.set_title("Plans: blue without, orange with preserved columns", fontsize=9)

@@ -7,7 +7,7 @@ import torch
 
 from eckart import ledger
 from eckart.checks import gram_of
-from eckart.columns import Splits, compensated_scores, faithful_scores, kept_for, positive_definite, split
+from eckart.columns import Splits, column_scores, kept_for, positive_definite, split
 from eckart.factorizers.column_preserving import ColumnDecomposition, ColumnPreserving
 from eckart.golden import golden_section
 from eckart.statistics import GroupStatistics, Statistics
@@ -59,17 +59,7 @@ def test_score_is_what_a_column_does_to_the_output() -> None:
     weight, x = problem(24, 40, 0)
     residual = torch.randn_like(weight)
     direct = torch.stack([(residual[:, j : j + 1] @ x[:, j : j + 1].T).square().sum() for j in range(40)])
-    torch.testing.assert_close(faithful_scores(residual, x.T @ x), direct, rtol=1e-10, atol=0)
-
-
-def test_compensated_score_is_the_gain_of_a_free_column() -> None:
-    weight, x = problem(24, 40, 0)
-    residual = 0.1 * weight
-    scores, before = compensated_scores(residual, x.T @ x), float((residual @ x.T).square().sum())
-    for j in (0, 17, 39):
-        best = torch.linalg.lstsq(x[:, j : j + 1], x @ residual.T).solution.T
-        after = float((residual @ x.T - best @ x[:, j : j + 1].T).square().sum())
-        assert float(scores[j]) == pytest.approx(before - after, rel=1e-8)
+    torch.testing.assert_close(column_scores(residual, x.T @ x), direct, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("compensated", [False, True])
@@ -124,7 +114,7 @@ def test_compensated_is_never_worse_than_faithful() -> None:
         assert better <= faithful * (1 + 1e-9)
 
 
-@pytest.mark.parametrize(("shape", "median"), [((60, 80), 0.85), ((64, 64), 0.85), ((80, 60), 0.98)])
+@pytest.mark.parametrize(("shape", "median"), [((60, 80), 0.65), ((64, 64), 0.65), ((80, 60), 0.8)])
 def test_compensated_is_better_with_outlier_channels(shape: tuple[int, int], median: float) -> None:
     """Where the faithful search finds no split at all; clearly so unless the matrix is tall."""
     gains = []
@@ -147,9 +137,9 @@ def test_compensated_is_better_with_outlier_channels(shape: tuple[int, int], med
 def test_search_against_every_split(compensated: bool, early_exit: bool) -> None:
     """The search comes within 1 % of the best split, and never behind no split at all.
 
-    In 59 of 60 cases for the faithful variant. The compensated error has more than one valley, and a
-    golden section sees one: 54 of 60. With the early exit it may also stop at no split although one is
-    better: that is the published rule.
+    In 59 of 60 cases for the faithful variant, 55 for the compensated one, whose error has several valleys,
+    and never more than 5 % above it.
+    With the early exit it may also stop at no split although one is better: that is the published rule.
     """
     near, missed = 0, 0
     for seed in range(60):
@@ -172,10 +162,11 @@ def test_search_against_every_split(compensated: bool, early_exit: bool) -> None
             missed += min(every) < 0.99 * every[0]
             continue
         near += found <= 1.01 * min(every)
+        assert found <= 1.05 * min(every)
         if found > 1.01 * min(every):
             print(seed, "found", found, "best", min(every))
     print("missed by the early exit:", missed)
-    assert near >= (0 if early_exit else 54 if compensated else 59)
+    assert near >= (0 if early_exit else 55 if compensated else 59)
 
 
 def test_a_replayed_split_keeps_the_same_columns() -> None:

@@ -56,6 +56,7 @@ def naive(family: str, changed: dict[str, float], target: float = 0.6) -> float:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma3"])
 def test_equal_to_the_naive_evaluation(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eckart.tail_divergence.CHUNK_ELEMENTS", 128 * 3 * 5)  # 5 positions at a time
+    monkeypatch.setattr("eckart.tail_divergence.KEPT_ELEMENTS", 128 * 3 * 8)  # one chunk of the reference and no more
     monkeypatch.setattr("eckart.sensitivity.BATCH_TOKENS", 32)  # two batches
     model, layout, made = setting(family)
     before = {name: value.clone() for name, value in model.state_dict().items()}

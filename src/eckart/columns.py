@@ -24,17 +24,12 @@ from eckart.linalg import Decomposition, Metric, Side
 Tensor = torch.Tensor
 
 
-def faithful_scores(residual: Tensor, gram: Tensor) -> Tensor:
+def column_scores(residual: Tensor, gram: Tensor) -> Tensor:
     """`||E_j||^2 H_jj` of each column, `[in]`: what column j of the residual `[out, in]` does to the output.
 
     The square of v1's printed score `||E_{:,j} X_{j,:}||_F`; the order is the same.
     """
     return residual.double().square().sum(0) * gram.diagonal()
-
-
-def compensated_scores(residual: Tensor, gram: Tensor) -> Tensor:
-    """`||E H_j||^2 / H_jj`, `[in]`: by how much a free strip at column j alone lowers the squared error."""
-    return (residual.double() @ gram).square().sum(0) / gram.diagonal()
 
 
 def positive_definite(gram: Tensor) -> Tensor:

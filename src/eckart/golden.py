@@ -20,3 +20,10 @@ def golden_section(low: int, high: int, value: Callable[[int], float]) -> int:
         else:
             low = left
     return min(range(low, high + 1), key=value)
+
+
+def lowest_valley(low: int, high: int, value: Callable[[int], float], points: int = 8) -> int:
+    """Golden section between the neighbours of the best of some evenly spread points; for several valleys."""
+    spread = sorted({low + round(step * (high - low) / (points - 1)) for step in range(points)})
+    best = min(range(len(spread)), key=lambda i: value(spread[i]))
+    return golden_section(spread[max(best - 1, 0)], spread[min(best + 1, len(spread) - 1)], value)

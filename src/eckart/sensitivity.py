@@ -27,7 +27,7 @@ from eckart.factorizers.base import GroupDecomposition
 from eckart.journal import Journal, fingerprint
 from eckart.linear import factorize_, swap_
 from eckart.progress import Progress, silent
-from eckart.tail_divergence import divergences
+from eckart.tail_divergence import Kept, divergences
 from eckart.types import Group
 
 Tensor = torch.Tensor
@@ -120,6 +120,7 @@ class _Walk:
         self.decompositions, self.journal, self.target = decompositions, journal, target
         self.known = {(row["group"], row["share"]): row["kl"] for row in journal.rows}
         self.reference: list[Tensor] = []
+        self.kept: Kept = {}
         self.dense: dict[str, nn.Module] = {}  # what a swapped module replaced first
 
     def run(self, windows: Tensor, wanted: Mapping[str, Sequence[float]], progress: Progress) -> None:
@@ -181,7 +182,9 @@ class _Walk:
         totals = [0.0] * len(finals)
         for batch, reference in enumerate(self.reference):
             candidates = [final[batch] for final in finals]
-            for number, value in enumerate(divergences(self.model, self.blocks, stream, batch, reference, candidates)):
+            for number, value in enumerate(
+                divergences(self.model, self.blocks, stream, batch, reference, candidates, self.kept)
+            ):
                 totals[number] += value
         return [total / sum(len(batch) for batch in stream.batches) for total in totals]
 

@@ -1,8 +1,8 @@
 """KL divergence of a model's predictions from the dense model's, a chunk of tokens at a time.
 
-Nothing of size `[tokens, vocabulary]` is kept: the reference is the dense model's hidden states after
-its last block, and its log-probabilities are computed again, chunk by chunk, once for all candidates
-that are compared with it at a time.
+The reference is the dense model's hidden states after its last block. Its log-probabilities,
+`[tokens, vocabulary]`, are kept up to a gibibyte; what is beyond is computed again, chunk by chunk, once
+for all candidates that are compared with it at a time.
 """
 
 from collections.abc import Sequence
@@ -16,17 +16,26 @@ from eckart.errors import NumericalError
 Tensor = torch.Tensor
 
 CHUNK_ELEMENTS = 2**25  # of one chunk's log-probabilities: 128 MiB in float32
+KEPT_ELEMENTS = 2**28  # of all that are kept: 1 GiB
+Kept = dict[tuple[int, int], Tensor]  # (batch, first position) to log-probabilities
 
 
 @torch.no_grad()
 def divergences(
-    model: nn.Module, blocks: nn.ModuleList, stream: Stream, index: int, reference: Tensor, candidates: Sequence[Tensor]
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    stream: Stream,
+    index: int,
+    reference: Tensor,
+    candidates: Sequence[Tensor],
+    kept: Kept,
 ) -> list[float]:
     """`KL(reference || candidate)` in nats, summed over the tokens of one batch, for each candidate.
 
     The batch is number `index` of `stream`; `reference` and the candidates are its hidden states after
-    the last block, `[batch, seq, width]`. The tail of the model (final norm, head) treats each position on its own,
-    so it may be run on a few positions at a time. Float32, summed in float64.
+    the last block, `[batch, seq, width]`. `kept` belongs to the reference and is filled here. The tail of
+    the model (final norm, head) treats each position on its own, so it may be run on a few positions at
+    a time. Float32, summed in float64.
     """
     ids = stream.batches[index]
     vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
@@ -40,13 +49,14 @@ def divergences(
     totals = torch.zeros(len(candidates), dtype=torch.float64)
     for start in range(0, ids.shape[1], length):
         part = slice(start, start + length)
-        expected = log_probabilities(reference)
+        expected = kept[index, start] if (index, start) in kept else log_probabilities(reference)
+        if sum(chunk.numel() for chunk in kept.values()) + expected.numel() <= KEPT_ELEMENTS:
+            kept[index, start] = expected
         weights = expected.exp()
         for number, candidate in enumerate(candidates):
-            found = log_probabilities(candidate)
-            # The difference first, so that nothing cancels; then one dot product for each token.
-            found.sub_(expected)
-            totals[number] -= torch.linalg.vecdot(weights, found).double().sum().cpu()
+            # The difference first, so that nothing cancels; in place, since these tensors are the largest here.
+            found = log_probabilities(candidate).sub_(expected).mul_(weights)
+            totals[number] -= found.sum(-1).double().sum().cpu()
     if not torch.isfinite(totals).all():
         raise NumericalError("the KL divergence from the dense model is NaN or infinite; compute in float32.")
     return [float(total) for total in totals]

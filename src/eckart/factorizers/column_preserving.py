@@ -12,11 +12,11 @@ from typing import ClassVar, final
 import torch
 
 from eckart import ledger
-from eckart.columns import Splits, compensated_scores, faithful_scores, kept_for, positive_definite, split
+from eckart.columns import Splits, column_scores, kept_for, positive_definite, split
 from eckart.errors import NumericalError, OptionError
 from eckart.factorizers.base import Factorizer, GroupDecomposition
 from eckart.factorizers.svd_llm import SVDLLM
-from eckart.golden import golden_section
+from eckart.golden import golden_section, lowest_valley
 from eckart.linalg import DAMPING, Metric
 from eckart.statistics import GroupStatistics, Need
 from eckart.types import Entry, Factors, Group
@@ -34,11 +34,11 @@ class ColumnPreserving(Factorizer):
     for by golden section and taken only if the error falls by more than `acceptance`.
     `early_exit`: try two splits first and give up if neither is better than none (v2; v1 does not).
     `compensated`: fit kept columns and low-rank part together (`eckart.columns`); never worse for the
-    same columns, and columns are then ranked by what a free strip would gain.
+    same columns, which are ranked alike (`docs/decisions/0020-preserved-columns.md`).
 
     One module costs the plain decomposition, one Cholesky factor and one product to set up, then one
-    eigenvalue problem without vectors for each split: two with an early exit, about ten otherwise; and
-    one more decomposition if columns are kept (`benchmarks/column_search.py`).
+    eigenvalue problem without vectors for each split: two with an early exit, about ten otherwise (fifteen
+    for the compensated error, which has several valleys); one more decomposition if columns are kept.
     """
 
     damping: float = DAMPING
@@ -102,7 +102,8 @@ class ColumnDecomposition(GroupDecomposition):
         probes = {min(most, round(0.382 * rank)), min(most, round(0.618 * 0.146 * rank))} - {0}
         if not probes or (self.method.early_exit and all(error(probe) >= plain for probe in probes)):
             return rank, 0
-        best = golden_section(0, most, lambda given_up: error(given_up) if given_up else plain)
+        search = lowest_valley if self.method.compensated else golden_section
+        best = search(0, most, lambda given_up: error(given_up) if given_up else plain)
         best = min({best, *probes}, key=lambda given_up: error(given_up) if given_up else plain)
         if best == 0 or not error(best) < (1 - self.method.acceptance) * plain:
             return rank, 0
@@ -128,8 +129,7 @@ class ColumnDecomposition(GroupDecomposition):
         """Columns by falling score after a plain cut at `rank`."""
         basis, coefficients = self.decomposition.truncate(rank)
         residual = self.decomposition.weight.double() - coefficients.double() @ basis.double()
-        scores = (compensated_scores if self.method.compensated else faithful_scores)(residual, self.gram)
-        return scores.argsort(descending=True, stable=True)
+        return column_scores(residual, self.gram).argsort(descending=True, stable=True)
 
     def _splits(self, rank: int) -> Splits:
         return Splits(self.decomposition.weight, self.gram, self._order(rank), self.method.compensated)
