@@ -78,9 +78,10 @@ class Bench:
             file.write(json.dumps(row) + "\n")
         print(f"{row['keep']:g} {row['label']}: {row['perplexity']:.2f}", flush=True)
 
-    def run(self, size: int, keeps: tuple[float, ...]) -> None:
+    def run(self, size: int, keeps: list[float], only: list[str]) -> None:
         known = {(row["label"], row["keep"]) for row in self.rows}
         work = [(keep, c) for keep in keeps for c in configurations(size) if (c[0], keep) not in known]
+        work = [(keep, c) for keep, c in work if not only or any(c[0].endswith(text) for text in only)]
         work = [(keep, c) for keep, c in work if keep <= 0.6 or "refitted" not in c[0]]
         if not work:
             return
@@ -138,10 +139,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.8, 0.6])
+    parser.add_argument("--only", nargs="+", default=[], help="only configurations whose label ends in one of these")
     options = parser.parse_args()
     bench = Bench(options.model, options.calibration, options.test, options.out)
     for size in options.sizes:
-        bench.run(size, tuple(options.keeps))
+        bench.run(size, options.keeps, options.only)
 
 
 if __name__ == "__main__":
