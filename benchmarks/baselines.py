@@ -21,12 +21,12 @@ import torch
 
 from eckart import checkpoint, recipes
 from eckart.data import load_windows
+from eckart.decomposing import decompose, factorize_group_
 from eckart.discovery import discover
 from eckart.files import write_text
 from eckart.ledger import make_ledger
 from eckart.linear import swap_
 from eckart.measure import perplexity
-from eckart.pipeline import decompose, factorize_group_
 from eckart.provenance import versions
 from eckart.types import Budget, Group
 

@@ -18,12 +18,12 @@ from torch import nn
 
 from eckart import checkpoint, recipes
 from eckart.data import load_windows
+from eckart.decomposing import decompose, factorize_group_
 from eckart.density import with_density
 from eckart.discovery import discover
 from eckart.ledger import make_ledger
 from eckart.linear import swap_, weight_view
 from eckart.measure import perplexity
-from eckart.pipeline import decompose, factorize_group_
 from eckart.plans import Plan
 from eckart.provenance import versions
 from eckart.refiners.base import Refinement

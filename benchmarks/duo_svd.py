@@ -24,6 +24,7 @@ from eckart.allocators.knapsack import Knapsack
 from eckart.allocators.uniform import Uniform
 from eckart.curve_fit import filled
 from eckart.data import load_windows
+from eckart.decomposing import decompose, factorize_group_
 from eckart.discovery import Layout, discover
 from eckart.factorizers.column_preserving import ColumnDecomposition, ColumnPreserving
 from eckart.factorizers.svd_llm import SVDLLM
@@ -31,7 +32,6 @@ from eckart.files import write_text
 from eckart.ledger import make_ledger
 from eckart.linear import swap_
 from eckart.measure import perplexity
-from eckart.pipeline import decompose, factorize_group_
 from eckart.provenance import versions
 from eckart.recipes import describe
 from eckart.sensitivity import SHARES, Curves, measure_curves

@@ -18,13 +18,13 @@ import torch
 
 from eckart import checkpoint, registry
 from eckart.data import load_windows
+from eckart.decomposing import decompose
 from eckart.discovery import discover
 from eckart.divergence import log_probabilities, mean_kl
 from eckart.files import write_text
 from eckart.ledger import make_ledger
 from eckart.linear import weight_view
 from eckart.measure import perplexity
-from eckart.pipeline import decompose
 from eckart.provenance import versions
 from eckart.types import Budget, Group
 

@@ -14,10 +14,10 @@ from statistics import median
 from eckart import checkpoint
 from eckart.curve_fit import filled, fit
 from eckart.data import load_windows
+from eckart.decomposing import decompose
 from eckart.discovery import discover
 from eckart.factorizers.svd_llm import SVDLLM
 from eckart.files import write_text
-from eckart.pipeline import decompose
 from eckart.recipes import describe
 from eckart.sensitivity import SHARES, measure_curves
 from eckart.types import Group

@@ -17,10 +17,10 @@ from statistics import median, pstdev
 
 from eckart import checkpoint
 from eckart.data import load_windows
+from eckart.decomposing import decompose
 from eckart.discovery import discover
 from eckart.factorizers.two_sided import TwoSided
 from eckart.files import write_text
-from eckart.pipeline import decompose
 from eckart.provenance import versions
 from eckart.sensitivity import candidate_rank, measure_curves
 from eckart.types import Group

@@ -18,11 +18,11 @@ import torch
 
 from eckart import checkpoint
 from eckart.data import load_windows
+from eckart.decomposing import decompose
 from eckart.discovery import discover
 from eckart.factorizers.svd_llm import SVDLLM
 from eckart.files import write_text
 from eckart.linear import factorize_, swap_
-from eckart.pipeline import decompose
 from eckart.provenance import versions
 from eckart.sensitivity import candidate_rank, measure_curves
 from eckart.types import Group

@@ -60,8 +60,9 @@ LAYERS = (  # each may import only from the ones before it
     {"ledger", "files", "statistics", "registry"},
     {"plans", "discovery", "dtypes", "blocks", "factorizers", "allocators"},
     {"sweep", "recipes", "sources", "self_text", "provenance", "pretrained", "hf"},
-    {"data", "checkpoint"},
-    {"pipeline", "measure", "inspection"},
+    {"data", "checkpoint", "decomposing"},
+    {"run", "measure"},
+    {"pipeline", "inspection"},
 )
 
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from eckart.decomposing import decompose
 from eckart.discovery import discover
 from eckart.errors import OptionError
 from eckart.grouping import READERS, Grouping, auto_size, make_groups
-from eckart.pipeline import decompose
 from eckart.recipes import find
 from eckart.statistics import Need
 from eckart.sweep import sweep

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from eckart.decomposing import decompose
 from eckart.discovery import discover
 from eckart.factorizers.svd_llm import SVDLLM
 from eckart.linear import factorize_
-from eckart.pipeline import decompose
 from eckart.sensitivity import Curves, candidate_rank, measure_curves
 from eckart.testing import tiny_models
 from eckart.types import Group

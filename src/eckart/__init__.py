@@ -25,15 +25,16 @@ if TYPE_CHECKING:
     from eckart.ledger import Ledger
     from eckart.linear import FactorizedLinear
     from eckart.measure import evaluate, perplexity
-    from eckart.pipeline import Calibration, Compression, compress, plan, spectra
+    from eckart.pipeline import compress, plan, spectra
     from eckart.plans import Plan
     from eckart.recipes import Recipe
+    from eckart.run import Calibration, Compression
     from eckart.types import Budget
 
 _HOME = {
     "Budget": "types",
-    "Calibration": "pipeline",
-    "Compression": "pipeline",
+    "Calibration": "run",
+    "Compression": "run",
     "EckartError": "errors",
     "FactorizedLinear": "linear",
     "Layout": "discovery",

@@ -1,75 +1,23 @@
-"""The pipeline, readable as one page: discover, sweep, decompose, allocate, truncate, swap, save."""
+"""The public verbs of the pipeline: compress a model, plan a compression, look at the spectra."""
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from eckart import checkpoint, data, dtypes, files, ledger, recipes
-from eckart.allocators.base import Allocator, Probe
-from eckart.demo_assets import cache_folder
-from eckart.density import with_density
-from eckart.discovery import Layout, check_finite, discover
-from eckart.errors import OptionError
-from eckart.factorizers.base import Factorizer, GroupDecomposition
-from eckart.goals import Goal, header_bytes, meet, predicted_kl
-from eckart.ledger import Ledger
-from eckart.linear import factorize_, share_basis_, weight_view
-from eckart.observation import needs_windows, observe
-from eckart.plans import Plan, resolve
-from eckart.probe import SlicingProbe, split_for_search
-from eckart.progress import Progress, silent, track
-from eckart.provenance import make_provenance, versions
+from eckart import files
+from eckart.goals import Goal
+from eckart.plans import Plan
+from eckart.progress import Progress, silent
 from eckart.recipes import Recipe
-from eckart.refiners.base import Refinement
-from eckart.statistics import GroupStatistics, Statistics
-from eckart.storage import store_
-from eckart.sweep import sweep
-from eckart.types import Budget, Entry, Group, Spectrum
-from eckart.work import WorkFolder, fingerprint, state_of
+from eckart.run import Calibration, Compression, Run
+from eckart.types import Spectrum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Tensor = torch.Tensor
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Which text is calibrated on, and how it becomes windows of tokens (`eckart.data`).
-
-    The defaults are those of the papers: 256 windows of 2048 tokens of WikiText-2.
-    """
-
-    data: str = "wikitext2"
-    windows: int = 256
-    length: int = 2048
-    seed: int | None = None
-    join: str = "\n\n"
-    bos: str = "start"
-
-
-@dataclass
-class Compression:
-    """What a run made. `seconds` holds the wall time of each stage; it is not saved with the model."""
-
-    model: "PreTrainedModel"
-    tokenizer: "PreTrainedTokenizerBase"
-    layout: Layout
-    plan: Plan
-    ledger: Ledger
-    provenance: dict[str, Any]
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def save(self, folder: str | Path) -> None:
-        """Write the checkpoint; raises `OutputError` and leaves nothing behind if it cannot."""
-        checkpoint.save(self.model, folder, tokenizer=self.tokenizer, plan=self.plan, provenance=self.provenance)
 
 
 def compress(
@@ -110,7 +58,7 @@ def compress(
     goal = Goal.of(keep, size, max_kl)
     if out is not None:
         files.check_new_folder(Path(out))  # before any work
-    run = _Run(model, recipe, options, calibration, tokenizer, include, exclude, device, dtype, work, progress)
+    run = Run(model, recipe, options, calibration, tokenizer, include, exclude, device, dtype, work, progress)
     made = run.make_plan(goal, rank_multiple) if plan is None else run.take_plan(plan)
     if on_plan is not None:
         on_plan(made)
@@ -144,7 +92,7 @@ def plan(
 ) -> Plan:
     """The plan that `compress` with the same arguments would carry out; no weight is touched."""
     goal = Goal.of(keep, size, max_kl)
-    run = _Run(model, recipe, options, calibration, tokenizer, include, exclude, device, dtype, work, progress)
+    run = Run(model, recipe, options, calibration, tokenizer, include, exclude, device, dtype, work, progress)
     return run.make_plan(goal, rank_multiple)
 
 
@@ -162,258 +110,5 @@ def spectra(
     progress: Progress = silent,
 ) -> list[Spectrum]:
     """The spectrum of every group in the metric of the recipe, before any rank is chosen; no weight is touched."""
-    run = _Run(model, recipe, options, calibration, tokenizer, include, exclude, device, dtype, None, progress)
+    run = Run(model, recipe, options, calibration, tokenizer, include, exclude, device, dtype, None, progress)
     return run.spectra(run.recipe.make_grouping().groups(run.layout.targets))
-
-
-class _Run:
-    """One run of the pipeline: what its stages hand to each other."""
-
-    def __init__(
-        self,
-        model: "str | PreTrainedModel",
-        recipe: str | Recipe,
-        options: Mapping[str, Any] | None,
-        calibration: Calibration | None,
-        tokenizer: "PreTrainedTokenizerBase | None",
-        include: Sequence[str],
-        exclude: Sequence[str],
-        device: str,
-        dtype: str,
-        work: str | Path | None,
-        progress: Progress,
-    ) -> None:
-        self.work = None if work is None else Path(work)
-        self.seconds: dict[str, float] = {}
-        self.progress = progress
-        self.recipe = recipe if isinstance(recipe, Recipe) else recipes.find(recipe, options)
-        self.factorizer = self.recipe.make_factorizer()
-        self.calibration = calibration or Calibration()
-        self.source = model if isinstance(model, str) else None
-        with self.timed("load"):
-            if isinstance(model, str):
-                self.model = checkpoint.load_model(model, device=device)
-                self.tokenizer = tokenizer or checkpoint.load_tokenizer(model)
-            else:
-                self.model = model
-                if tokenizer is None:
-                    raise OptionError("a model in memory comes without its tokenizer; pass tokenizer=...")
-                self.tokenizer = tokenizer
-            self.stored_dtype = dtypes.named(dtype) or self.model.dtype
-            dtypes.cast_(self.model, dtypes.compute_dtype(self.stored_dtype, self.model.device))
-            self.model.eval()
-        self.layout = discover(self.model, include, exclude)
-        check_finite(self.model, self.layout.targets)
-        self.windows: data.Windows | None = None
-        self.decompositions: dict[str, GroupDecomposition] = {}
-        self.notes: list[dict[str, Any]] = []
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        if stage in ("load", "save"):  # the others count steps of their own
-            self.progress(stage, 0, 1)
-        yield
-        if stage in ("load", "save"):
-            self.progress(stage, 1, 1)
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-
-    def make_plan(self, goal: Goal, rank_multiple: int) -> Plan:
-        """Decompose everything, then let the allocator share out what meets the goal."""
-        groups = self.recipe.make_grouping().groups(self.layout.targets)
-        if goal.keep is not None:
-            ledger.check_reachable(groups, goal.keep, rank_multiple)
-        self._decompose(groups)
-        asked = {**goal.to_dict(), "rank_multiple": rank_multiple}
-        with self.timed("allocate"):
-            overhead = header_bytes(self.model.state_dict(), self.layout.targets)
-            return meet(
-                goal,
-                lambda keep: self._allocate(groups, keep, rank_multiple, asked),
-                self.layout.target_parameters,
-                overhead,
-            )
-
-    def spectra(self, groups: Sequence[Group]) -> list[Spectrum]:
-        """Decompose the groups; their spectra in the same order."""
-        self._decompose(groups)
-        return [self.decompositions[group.name].spectrum for group in groups]
-
-    def _allocate(self, groups: Sequence[Group], keep: float, rank_multiple: int, asked: Mapping[str, Any]) -> Plan:
-        """The allocator's plan for a share, with what it reaches by the ledger and by the metric."""
-        spectra = [self.decompositions[group.name].spectrum for group in groups]
-        allocator, budget = self.recipe.make_allocator(), Budget(keep, rank_multiple)
-        if needs_windows(allocator):
-            spectra = self._observe(allocator, groups, keep)
-        windows = allocator.probe_windows()
-        search = windows and partial(allocator.search, probe=self._probe(groups, windows))
-        entries = (search or allocator.allocate)(spectra, budget)
-        entries = self._settle([with_density(e, s) for e, s in zip(entries, spectra, strict=True)])
-        made = Plan(tuple(entries), asked, {}, self.recipe.to_dict())
-        reached = self.ledger(made)
-        if not allocator.may_exceed:
-            ledger.assert_within(reached, keep)
-        predicted = predicted_kl(spectra, entries)
-        return replace(
-            made, reached={**reached.to_dict(), **({} if predicted is None else {"predicted_kl": predicted})}
-        )
-
-    def _probe(self, groups: Sequence[Group], windows: tuple[int, int]) -> Probe:
-        """What measures candidate plans by slicing the decompositions; `windows` to score on, and held out."""
-        scoring, held_out = split_for_search(self._token_windows(), *windows)
-        facts = {"factorizer": self.recipe.to_dict()["factorizer"], "versions": versions()}
-        tensors = [*state_of(self.model), ("scoring", scoring), ("held out", held_out)] if self.work else []
-        folder = WorkFolder(self.work, "probe", fingerprint(facts, tensors))
-
-        def put(model: nn.Module, group: Group, entry: Entry) -> None:
-            factorize_group_(model, group, entry, self.decompositions[group.name])
-
-        return SlicingProbe(self.model, groups, put, scoring, held_out, folder, self.progress)
-
-    def take_plan(self, plan: Plan | str | Path) -> Plan:
-        """Check a saved plan against the model and decompose what it factorises."""
-        given = plan if isinstance(plan, Plan) else Plan.load(plan)
-        groups, entries = resolve(given, self.layout.targets)
-        self._decompose([g for g, e in zip(groups, entries, strict=True) if e.rank is not None])
-        settled = Plan(tuple(self._settle(entries)), given.asked, {}, given.made_by)
-        return replace(settled, reached=self.ledger(settled).to_dict())
-
-    def _observe(self, allocator: Allocator, groups: Sequence[Group], keep: float) -> list[Spectrum]:
-        """Run what the allocator wants to see beside the spectra; the journals are in the work folder."""
-        ids = self._token_windows()
-        assert self.windows is not None
-        data_recipe = self.windows.recipe.to_dict()
-        plain = self.factorizer.resting()
-        depends = {
-            "factorizer": recipes.describe(type(plain).__name__, plain),
-            "calibration": {key: data_recipe[key] for key in ("tokens_hash", "windows", "length")},
-        }
-        with self.timed("observe"):
-            return observe(
-                self.model,
-                self.layout,
-                {group.name: self.decompositions[group.name] for group in groups},
-                allocator,
-                ids,
-                keep,
-                work=self.work or cache_folder() / "work",
-                depends=depends,
-                progress=self.progress,
-            )
-
-    def _settle(self, entries: Sequence[Entry]) -> list[Entry]:
-        """Let the decompositions decide what the allocator left to them (preserved columns)."""
-        return [e if e.rank is None else self.decompositions[e.name].settle(e) for e in entries]
-
-    def ledger(self, plan: Plan) -> Ledger:
-        groups, entries = resolve(plan, self.layout.targets)
-        return ledger.make_ledger(groups, entries, self.layout.parameters, self.stored_dtype.itemsize)
-
-    def _decompose(self, groups: Sequence[Group]) -> None:
-        ids = self._token_windows() if self.factorizer.needs and groups else None
-        with self.timed("calibrate and decompose"):
-            self.decompositions = decompose(
-                self.model, self.layout, groups, self.factorizer, ids, progress=self.progress
-            )
-
-    def _token_windows(self) -> Tensor:
-        """The calibration windows, read once; `[windows, length]` token ids on the model's device."""
-        if self.windows is None:
-            with self.timed("data"):
-                spec = asdict(self.calibration)
-                self.windows = data.load_windows(spec.pop("data"), self.tokenizer, model=self.model, **spec)
-                data.check_length(self.windows, self.model)
-        return self.windows.ids.to(self.model.device)
-
-    def carry_out(self, plan: Plan) -> None:
-        """Cut every decomposition at its rank, put the factors in the model, in place, and refine them."""
-        from eckart import hf  # imports transformers
-
-        groups, entries = resolve(plan, self.layout.targets)
-        keep = self.ledger(plan).keep
-        refiners = [refiner for refiner in self.recipe.make_refiners() if refiner.applies(keep)]
-        # Refiners see the dense weights: one more copy of the targets in memory, but only if one runs.
-        factorised = [name for e in entries if e.rank is not None for name in e.targets] if refiners else []
-        dense = {name: weight_view(self.model.get_submodule(name)) for name in factorised}
-        ids = self._token_windows() if refiners else None  # now: the dense model may be the author of the text
-        with self.timed("factorise"):
-            work = list(zip(groups, entries, strict=True))
-            for group, entry in track(work, "factorise", len(work), self.progress):
-                if entry.rank is not None:
-                    factorize_group_(self.model, group, entry, self.decompositions.pop(group.name))
-        for refiner in refiners:
-            assert ids is not None
-            with self.timed("refine"):
-                known = (self.model, self.layout, plan, dense, ids, self.progress, self.work, self.notes)
-                refiner.refine_(Refinement(*known))
-        with self.timed("store"):
-            pivoted = [e.name for e in entries if e.rank is not None and e.storage == "pivoted"]
-            for name in track(pivoted, "store", len(pivoted), self.progress):
-                store_(self.model, name, "pivoted")
-        dtypes.cast_(self.model, self.stored_dtype)
-        hf.attach_(self.model, hf.specs_of(self.model))
-
-    def result(self, plan: Plan) -> Compression:
-        provenance = make_provenance(
-            source=self.source,
-            model=self.model,
-            recipe=self.recipe.to_dict(),
-            calibration=None if self.windows is None else self.windows.recipe.to_dict(),
-            ledger=self.ledger(plan).to_dict(),
-        )
-        provenance |= {"refinement": self.notes} if self.notes else {}
-        return Compression(self.model, self.tokenizer, self.layout, plan, self.ledger(plan), provenance, self.seconds)
-
-
-def decompose(
-    model: nn.Module,
-    layout: Layout,
-    groups: Sequence[Group],
-    factorizer: Factorizer,
-    windows: Tensor | None,
-    *,
-    progress: Progress = silent,
-) -> dict[str, GroupDecomposition]:
-    """Decompose every group once; `{group name: decomposition}`.
-
-    `windows` is `[windows, length]` token ids, or None for a factorizer without needs. A group is
-    decomposed as soon as the sweep has passed all its members, and statistics that no other group
-    waits for are dropped at once, so that the Grams of one block are in memory, not of all.
-    """
-    done: dict[str, GroupDecomposition] = {}
-    if not factorizer.needs or not groups:
-        for group in track(groups, "decompose", len(groups), progress):
-            weights = [weight_view(model.get_submodule(name)) for name in group.names]
-            done[group.name] = factorizer.decompose(group, weights, GroupStatistics())
-        return done
-    assert windows is not None
-    statistics: dict[str, Statistics] = {}
-    waiting = list(groups)
-    sharing = {name for group in groups if len(group.targets) > 1 for name in group.names}
-    for per_block in sweep(model, layout, windows, factorizer.needs, whole_gram=sharing, progress=progress):
-        statistics.update(per_block)
-        ready = [group for group in waiting if all(name in statistics for name in group.names)]
-        for group in ready:
-            weights = [weight_view(model.get_submodule(name)) for name in group.names]
-            members = GroupStatistics(tuple(statistics[name] for name in group.names))
-            done[group.name] = factorizer.decompose(group, weights, members)
-        waiting = [group for group in waiting if group.name not in done]
-        needed = {name for group in waiting for name in group.names}
-        statistics = {name: value for name, value in statistics.items() if name in needed}
-    return done
-
-
-def factorize_group_(model: nn.Module, group: Group, entry: Entry, decomposition: GroupDecomposition) -> None:
-    """Replace the members of a group by a pair of factors at the entry's rank; they share the basis.
-
-    Pairs whatever the entry's storage, for refiners to work on; `store_` puts them into that storage.
-    """
-    assert entry.rank is not None
-    factors = decomposition.truncate(entry.rank, entry.kept)
-    strips = factors.kept or (None,) * len(group.targets)
-    made = [
-        factorize_(model, name, factors.basis, coefficients, factors.kept_index, strip)
-        for name, coefficients, strip in zip(group.names, factors.coefficients, strips, strict=True)
-    ]
-    for other in made[1:]:
-        share_basis_(made[0], other)

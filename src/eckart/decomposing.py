@@ -1,0 +1,70 @@
+"""Decompose every group of a model once, and put factors in the place of weights."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from eckart.discovery import Layout
+from eckart.factorizers.base import Factorizer, GroupDecomposition
+from eckart.linear import factorize_, share_basis_, weight_view
+from eckart.progress import Progress, silent, track
+from eckart.statistics import GroupStatistics, Statistics
+from eckart.sweep import sweep
+from eckart.types import Entry, Group
+
+Tensor = torch.Tensor
+
+
+def decompose(
+    model: nn.Module,
+    layout: Layout,
+    groups: Sequence[Group],
+    factorizer: Factorizer,
+    windows: Tensor | None,
+    *,
+    progress: Progress = silent,
+) -> dict[str, GroupDecomposition]:
+    """Decompose every group once; `{group name: decomposition}`.
+
+    `windows` is `[windows, length]` token ids, or None for a factorizer without needs. A group is
+    decomposed as soon as the sweep has passed all its members, and statistics that no other group
+    waits for are dropped at once, so that the Grams of one block are in memory, not of all.
+    """
+    done: dict[str, GroupDecomposition] = {}
+    if not factorizer.needs or not groups:
+        for group in track(groups, "decompose", len(groups), progress):
+            weights = [weight_view(model.get_submodule(name)) for name in group.names]
+            done[group.name] = factorizer.decompose(group, weights, GroupStatistics())
+        return done
+    assert windows is not None
+    statistics: dict[str, Statistics] = {}
+    waiting = list(groups)
+    sharing = {name for group in groups if len(group.targets) > 1 for name in group.names}
+    for per_block in sweep(model, layout, windows, factorizer.needs, whole_gram=sharing, progress=progress):
+        statistics.update(per_block)
+        ready = [group for group in waiting if all(name in statistics for name in group.names)]
+        for group in ready:
+            weights = [weight_view(model.get_submodule(name)) for name in group.names]
+            members = GroupStatistics(tuple(statistics[name] for name in group.names))
+            done[group.name] = factorizer.decompose(group, weights, members)
+        waiting = [group for group in waiting if group.name not in done]
+        needed = {name for group in waiting for name in group.names}
+        statistics = {name: value for name, value in statistics.items() if name in needed}
+    return done
+
+
+def factorize_group_(model: nn.Module, group: Group, entry: Entry, decomposition: GroupDecomposition) -> None:
+    """Replace the members of a group by a pair of factors at the entry's rank; they share the basis.
+
+    Pairs whatever the entry's storage, for refiners to work on; `store_` puts them into that storage.
+    """
+    assert entry.rank is not None
+    factors = decomposition.truncate(entry.rank, entry.kept)
+    strips = factors.kept or (None,) * len(group.targets)
+    made = [
+        factorize_(model, name, factors.basis, coefficients, factors.kept_index, strip)
+        for name, coefficients, strip in zip(group.names, factors.coefficients, strips, strict=True)
+    ]
+    for other in made[1:]:
+        share_basis_(made[0], other)
