@@ -168,13 +168,14 @@ class PivotedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
+        flat = x.reshape(-1, self.in_features)  # in two dimensions, as in `KeptColumnsLinear`
         if self.pivots == "rows":
-            p = self.basis(x)
+            p = self.basis(flat)
             y: Tensor = torch.cat([p, self.coefficients(p)], -1).index_select(-1, self.index)
         else:
-            x = x.index_select(-1, self.index)
-            a, b = x[..., : self.rank], x[..., self.rank :]
-            y = self.coefficients(a + self.basis(b))
+            flat = flat.index_select(-1, self.index)
+            y = self.coefficients(flat[:, : self.rank] + self.basis(flat[:, self.rank :]))
+        y = y.reshape(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
     @property
