@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import eckart
-from eckart._cli import main, parse_options
+from eckart._cli import main
+from eckart._cli.options import parse_options
 from eckart.errors import UserError
 from eckart.testing import tiny_models, tiny_tokenizer
 

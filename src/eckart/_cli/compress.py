@@ -1,0 +1,99 @@
+"""`eckart compress`: a model in, a smaller model out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import eckart
+from eckart import _terminal as terminal
+from eckart._cli.app import app, print_json
+from eckart._cli.options import (
+    Bos,
+    Data,
+    Device,
+    Dtype,
+    Exclude,
+    Include,
+    Join,
+    Json,
+    Keep,
+    Length,
+    MaxKl,
+    Model,
+    Options,
+    RankMultiple,
+    Recipe,
+    Seed,
+    Size,
+    Windows,
+    Work,
+    parse_options,
+    unescape,
+)
+
+
+@app.command()
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint; must be new or empty.")],
+    recipe: Recipe = "eckart",
+    keep: Keep = None,
+    size: Size = None,
+    max_kl: MaxKl = None,
+    plan: Annotated[Path | None, typer.Option(help="Replay this plan instead of allocating.")] = None,
+    rank_multiple: RankMultiple = 1,
+    option: Options = [],  # noqa: B006
+    data: Data = "wikitext2",
+    windows: Windows = 256,
+    length: Length = 2048,
+    seed: Seed = None,
+    join: Join = "\\n\\n",
+    bos: Bos = "start",
+    include: Include = [],  # noqa: B006
+    exclude: Exclude = [],  # noqa: B006
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    recover: Annotated[
+        bool, typer.Option("--recover", help="Then distil the factors against the dense model on the same text.")
+    ] = False,
+    work: Work = None,
+    as_json: Json = False,
+) -> None:
+    """Compress a model and save a checkpoint that loads in transformers.
+
+    Example: `eckart compress MODEL --recipe svd-llm --keep 0.8 --data corpus.txt --windows 32 --length 512 --out DIR`
+    """
+    with terminal.progress_bars(quiet=as_json) as progress:
+        made = eckart.compress(
+            model,
+            recipe=recipe,
+            keep=keep,
+            size=size,
+            max_kl=max_kl,
+            rank_multiple=rank_multiple,
+            options={**with_recovery(recipe, recover), **parse_options(option)},
+            plan=plan,
+            calibration=eckart.Calibration(data, windows, length, seed, unescape(join), bos),
+            include=include,
+            exclude=exclude,
+            out=out,
+            work=work,
+            device=device,
+            dtype=dtype,
+            on_plan=None if as_json else terminal.show_reached,
+            progress=progress,
+        )
+    if as_json:
+        print_json({"out": str(out), "ledger": made.ledger.to_dict(), "seconds": made.seconds, **made.provenance})
+        return
+    terminal.show_ledger(made.ledger)
+    terminal.out.print("  ".join(f"{stage} {seconds:.1f} s" for stage, seconds in made.seconds.items()))
+    terminal.out.print(f"Checkpoint: {out}")
+
+
+def with_recovery(recipe: str, recover: bool) -> dict[str, str]:
+    """The option that puts `recover` after the refiners of a recipe; nothing without it."""
+    from eckart.recipes import find  # imports torch
+
+    return {"refiners": ",".join([*find(recipe).refiners, "recover"])} if recover else {}

@@ -1,0 +1,34 @@
+"""`eckart convert`: another storage for a saved model."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import eckart
+from eckart import _terminal as terminal
+from eckart._cli.app import app, print_json
+from eckart._cli.options import Json
+
+
+@app.command()
+def convert(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint of eckart.")],
+    storage: Annotated[str, typer.Option(help="pair, pivoted (fewest numbers) or dense (an ordinary model).")],
+    out: Annotated[Path, typer.Option(help="Folder for the new checkpoint; must be new or empty.")],
+    as_json: Json = False,
+) -> None:
+    """Change how a saved model's factors are stored, without compressing it again.
+
+    Example: `eckart convert DIR --storage dense --out DENSE`
+    """
+    with terminal.progress_bars(quiet=as_json) as progress:
+        made = eckart.convert(folder, storage=storage, out=out, progress=progress)
+    if as_json:
+        print_json({"out": str(out), "storage": storage, **asdict(made), "ledger": made.ledger.to_dict()})
+        return
+    terminal.show_ledger(made.ledger)
+    for name, reason in made.left.items():
+        terminal.out.print(f"{name}: stays as it is, since it {reason}.")
+    terminal.out.print(f"{made.changed} layers changed. Checkpoint: {out}")

@@ -1,0 +1,52 @@
+"""`eckart eval`: perplexity, dense beside compressed."""
+
+from typing import Annotated
+
+import typer
+
+import eckart
+from eckart import _terminal as terminal
+from eckart._cli.app import app, print_json
+from eckart._cli.options import Bos, Datas, Device, Join, Json, Length, Model, Seed, unescape
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Model,
+    against: Annotated[str | None, typer.Option(help="The dense model, measured beside it.")] = None,
+    data: Datas = ["wikitext2"],  # noqa: B006
+    windows: Annotated[int | None, typer.Option(min=1, help="Windows per corpus; the whole text without it.")] = None,
+    length: Length = 2048,
+    seed: Seed = None,
+    join: Join = "\\n\\n",
+    bos: Bos = "start",
+    mean: Annotated[
+        str, typer.Option(help="token (of the field) or window (D-Rank's, keeps the short tail).")
+    ] = "token",
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="Computing dtype: auto, float32, bfloat16, float16.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Perplexity, dense beside compressed, under one stated protocol.
+
+    Example: `eckart eval DIR --against MODEL --data wikitext2 --data python-docs`
+    """
+    with terminal.progress_bars(quiet=as_json) as progress:
+        result = eckart.evaluate(
+            model,
+            against=against,
+            data_specs=data,
+            windows=windows,
+            length=length,
+            seed=seed,
+            join=unescape(join),
+            bos=bos,
+            mean=mean,  # type: ignore[arg-type]  # checked there, with a better message
+            device=device,
+            dtype=dtype,
+            progress=progress,
+        )
+    if as_json:
+        print_json(result)
+    else:
+        terminal.show_results(result)

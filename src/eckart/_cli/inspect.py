@@ -1,0 +1,75 @@
+"""`eckart inspect`: what would be compressed, and why the rest would not."""
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+import eckart
+from eckart import _terminal as terminal
+from eckart._cli.app import app, print_json
+from eckart._cli.options import (
+    Bos,
+    Data,
+    Device,
+    Exclude,
+    Include,
+    Join,
+    Json,
+    Length,
+    Model,
+    Options,
+    Recipe,
+    Seed,
+    Windows,
+    parse_options,
+    unescape,
+)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    include: Include = [],  # noqa: B006
+    exclude: Exclude = [],  # noqa: B006
+    spectra: Annotated[bool, typer.Option("--spectra", help="Calibrate, and show how dense each module is.")] = False,
+    recipe: Recipe = "svd-llm",
+    option: Options = [],  # noqa: B006
+    data: Data = "wikitext2",
+    windows: Windows = 256,
+    length: Length = 2048,
+    seed: Seed = None,
+    join: Join = "\\n\\n",
+    bos: Bos = "start",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """What would be compressed, what would not, and why; with --spectra the effective ranks of each module, too.
+
+    Without --spectra no weight is read, and the options from --recipe on have no part in it.
+
+    Example: `eckart inspect MODEL --spectra --data corpus.txt --windows 32 --length 512`
+    """
+    layout = eckart.inspect(model, include=include, exclude=exclude)
+    rows: list[dict[str, Any]] = []
+    if spectra:
+        from eckart.density import describe
+
+        with terminal.progress_bars(quiet=as_json) as progress:
+            found = eckart.spectra(
+                model,
+                recipe=recipe,
+                options=parse_options(option),
+                calibration=eckart.Calibration(data, windows, length, seed, unescape(join), bos),
+                include=include,
+                exclude=exclude,
+                device=device,
+                progress=progress,
+            )
+        rows = [describe(spectrum) for spectrum in found]
+    if as_json:
+        print_json({"model": model, **asdict(layout), **({"spectra": rows} if spectra else {})})
+        return
+    terminal.show_layout(layout)
+    if spectra:
+        terminal.show_spectra(rows)

@@ -1,0 +1,32 @@
+"""`eckart methods`: recipes and their parts."""
+
+import eckart
+from eckart import _terminal as terminal
+from eckart._cli.app import app, print_json
+from eckart._cli.options import Json
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """Recipes, factorizers, allocators and refiners with their options.
+
+    Example: `eckart methods --json`
+    """
+    known = eckart.methods()
+    if as_json:
+        print_json(known)
+        return
+    terminal.table(
+        "Recipes",
+        ("name", "parts"),
+        [
+            (n, " + ".join(p["name"] for p in (r["factorizer"], r["allocator"], *r["refiners"])) + f": {r['about']}")
+            for n, r in known["recipes"].items()
+        ],
+        justify="left",
+    )
+    for kind in (kind for kind in known if kind != "recipes"):
+        rows = [
+            (name, ", ".join(f"{k}={v}" for k, v in options.items()) or "-") for name, options in known[kind].items()
+        ]
+        terminal.table(kind.capitalize(), ("name", "options and defaults"), rows, justify="left")

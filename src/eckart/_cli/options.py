@@ -1,0 +1,61 @@
+"""The options that several commands share, and how their text is read."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eckart.errors import UserError
+
+Model = Annotated[str, typer.Argument(help="A hub id or a folder.")]
+Recipe = Annotated[str, typer.Option(help="A recipe's name (`eckart methods`) or a .toml file.")]
+Keep = Annotated[
+    float | None,
+    typer.Option(help="Share of the targets' parameters that is KEPT, in (0, 1]; 0.8 if no goal is given."),
+]
+Size = Annotated[str | None, typer.Option(help="Instead of --keep: the most the weight files may take, as in 80MB.")]
+MaxKl = Annotated[
+    float | None,
+    typer.Option(help="Instead of --keep: the most the predictions may change, predicted, in nats per token (0.05)."),
+]
+RankMultiple = Annotated[int, typer.Option(min=1, help="Round ranks down to a multiple of this.")]
+Options = Annotated[
+    list[str], typer.Option("--option", "-o", help="Override a recipe option: factorizer.damping=1e-4. Repeatable.")
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="Text to calibrate on: wikitext2, ptb, c4, name:config:split:column, a .txt .jsonl .json .parquet "
+        "file, python-docs, self, or a mixture with counts (wikitext2:64,c4:64)."
+    ),
+]
+Datas = Annotated[list[str], typer.Option("--data", help="Text to measure on; repeat for several corpora.")]
+Windows = Annotated[int, typer.Option(min=1, help="Windows of text.")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
+Seed = Annotated[int | None, typer.Option(help="Take windows at random with this seed; without it, from the start.")]
+Join = Annotated[str, typer.Option(help="What documents are joined by (\\n is a line break).")]
+Bos = Annotated[str, typer.Option(help="Where a BOS token goes: start (of the text), window, none.")]
+Include = Annotated[list[str], typer.Option(help="Only linears that match this pattern (*.down_proj). Repeatable.")]
+Exclude = Annotated[list[str], typer.Option(help="Leave linears that match this pattern. Repeatable.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str, typer.Option(help="Stored dtype: auto (the checkpoint's), float32, bfloat16, float16.")]
+Work = Annotated[
+    Path | None, typer.Option(help="Folder for finished pieces of a long run; the same command resumes there.")
+]
+Json = Annotated[bool, typer.Option("--json", help="The result as JSON on standard output, nothing else there.")]
+
+
+def parse_options(pairs: list[str]) -> dict[str, str]:
+    """`["factorizer.damping=1e-4"]` to a mapping."""
+    parsed = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise UserError(f"--option {pair!r}: must look like factorizer.damping=1e-4.")
+        parsed[key] = value
+    return parsed
+
+
+def unescape(text: str) -> str:
+    """Line breaks and tabs that a shell cannot easily say."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")

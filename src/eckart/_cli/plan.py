@@ -1,0 +1,82 @@
+"""`eckart plan`: ranks without touching a weight."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import eckart
+from eckart import _terminal as terminal
+from eckart._cli.app import app, print_json
+from eckart._cli.options import (
+    Bos,
+    Data,
+    Device,
+    Exclude,
+    Include,
+    Join,
+    Json,
+    Keep,
+    Length,
+    MaxKl,
+    Model,
+    Options,
+    RankMultiple,
+    Recipe,
+    Seed,
+    Size,
+    Windows,
+    Work,
+    parse_options,
+    unescape,
+)
+
+
+@app.command()
+def plan(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Where to write the plan (.json).")],
+    recipe: Recipe = "eckart",
+    keep: Keep = None,
+    size: Size = None,
+    max_kl: MaxKl = None,
+    rank_multiple: RankMultiple = 1,
+    option: Options = [],  # noqa: B006
+    data: Data = "wikitext2",
+    windows: Windows = 256,
+    length: Length = 2048,
+    seed: Seed = None,
+    join: Join = "\\n\\n",
+    bos: Bos = "start",
+    include: Include = [],  # noqa: B006
+    exclude: Exclude = [],  # noqa: B006
+    device: Device = "cpu",
+    work: Work = None,
+    as_json: Json = False,
+) -> None:
+    """Write the plan (which matrix gets which rank) without touching a weight.
+
+    Example: `eckart plan MODEL --recipe svd-llm --keep 0.6 --data corpus.txt --out plan.json`
+    """
+    with terminal.progress_bars(quiet=as_json) as progress:
+        made = eckart.plan(
+            model,
+            recipe=recipe,
+            keep=keep,
+            size=size,
+            max_kl=max_kl,
+            rank_multiple=rank_multiple,
+            options=parse_options(option),
+            calibration=eckart.Calibration(data, windows, length, seed, unescape(join), bos),
+            include=include,
+            exclude=exclude,
+            device=device,
+            work=work,
+            progress=progress,
+        )
+    made.save(out)
+    if as_json:
+        print_json(made.to_dict())
+    else:
+        terminal.show_reached(made)
+        terminal.out.print(f"{len(made.entries)} matrices. Plan: {out}")
