@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from eckart.checkpoint import load, save
+    from eckart.compression import Calibration, Compression
     from eckart.conversion import convert
     from eckart.data import load_windows
     from eckart.discovery import Layout, discover
@@ -28,13 +29,12 @@ if TYPE_CHECKING:
     from eckart.pipeline import compress, plan, spectra
     from eckart.plans import Plan
     from eckart.recipes import Recipe
-    from eckart.run import Calibration, Compression
     from eckart.types import Budget
 
 _HOME = {
     "Budget": "types",
-    "Calibration": "run",
-    "Compression": "run",
+    "Calibration": "compression",
+    "Compression": "compression",
     "EckartError": "errors",
     "FactorizedLinear": "linear",
     "Layout": "discovery",

@@ -112,7 +112,19 @@ def show_reached(plan: "Plan") -> None:
     text = f"Asked: {asked}. Plan: keep {reached['keep']:.4f}, model {reached['model_bytes_kept'] / 1e6:,.1f} MB"
     if (kl := reached.get("predicted_kl")) is not None:
         text += f", predicted KL {kl:.4f} nats per token (perplexity x{exp(kl):.3f})"
+    if (kl := reached.get("measured_kl")) is not None:
+        text += f", measured {kl:.4f}"
     out.print(f"{text}.")
+
+
+def show_kl(kl: dict[str, Any]) -> None:
+    """The KL divergence of the finished model beside the prediction for the plan, and on which text."""
+    text = "that calibration did not see" if kl["unseen"] else "of the calibration (the text had no more)"
+    predicted = "" if kl["predicted"] is None else f", {kl['predicted']:.4f} predicted for the plan"
+    out.print(
+        f"KL from the dense model: {kl['measured']:.4f} nats per token measured{predicted}; "
+        f"{kl['windows']} x {kl['length']} tokens {text}."
+    )
 
 
 def show_results(result: dict[str, Any]) -> None:

@@ -71,13 +71,16 @@ class DataRecipe:
 class Windows:
     """Token ids `[windows, length]`, int64, on the CPU.
 
-    `tail` `[fewer than length]` is what the last source had left behind its last window; only D-Rank's
-    protocol reads it, and it is empty when the windows do not end with the text.
+    `spare` `[at most as many as asked, length]` are further windows of the same sources, evenly spaced behind
+    those of `ids`, for measuring on text that was not calibrated on. `tail` `[fewer than length]` is what the
+    last source had left behind its last window; only D-Rank's protocol reads it, and it is empty when the
+    windows do not end with the text.
     """
 
     ids: Tensor
     tail: Tensor
     recipe: DataRecipe
+    spare: Tensor
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class _Request:
     purpose: Purpose
     join: str
     bos: str
+    spare: int
 
 
 def load_windows(
@@ -100,6 +104,7 @@ def load_windows(
     purpose: Purpose = "calibration",
     join: str = "\n\n",
     bos: str = "start",
+    spare: int = 0,
     model: Any = None,
 ) -> Windows:
     """Windows of token ids from the sources of `spec` (see the module), `[windows, length]`.
@@ -108,7 +113,8 @@ def load_windows(
     left over; counts in the spec win over `windows`. `purpose` chooses the default split: train or the first
     half to calibrate, test (c4: validation) or the second half to evaluate. `bos`: "start" puts the tokens that
     the tokenizer itself puts before a text once at the start of each source, "window" puts the BOS token at the
-    start of each window, "none" adds nothing. The source `self` needs `model` and takes seed 0 for none.
+    start of each window, "none" adds nothing. `spare` more windows are set apart, where the sources have them
+    beyond those asked for. The source `self` needs `model` and takes seed 0 for none.
 
     Raises `DataError` when a source is unknown, unreadable or too short, `OptionError` for an unknown `bos`.
     """
@@ -120,13 +126,13 @@ def load_windows(
     parts = parse_spec(spec)
     counts = share_windows(parts, windows)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    request = _Request(tokenizer, length, generator, purpose, join, bos)
+    request = _Request(tokenizer, length, generator, purpose, join, bos, -(-spare // len(parts)))
     made = [
         _written_windows(model, count, request) if part.kind == "self" else _cut_windows(part, count, request)
         for part, count in zip(parts, counts, strict=True)
     ]
-    ids = torch.cat([part_ids for part_ids, _, _ in made])
-    recipes = tuple(recipe for _, _, recipe in made)
+    ids, spares = torch.cat([cut.ids for cut in made]), torch.cat([cut.spare for cut in made])
+    recipes = tuple(cut.recipe for cut in made)
     recipe = DataRecipe(
         spec=spec,
         windows=ids.shape[0],
@@ -140,7 +146,7 @@ def load_windows(
         documents=sum(part.documents for part in recipes),
         parts=recipes,
     )
-    return Windows(ids, made[-1][1], recipe)
+    return Windows(ids, made[-1].tail, recipe, spares[:spare])
 
 
 def share_windows(parts: Sequence[Part], windows: int | None) -> list[int | None]:
@@ -174,8 +180,17 @@ def check_length(windows: Windows, model: Any) -> None:
         )
 
 
-def _cut_windows(part: Part, count: int | None, request: _Request) -> tuple[Tensor, Tensor, PartRecipe]:
-    """The windows of a source `[count, length]`, its tail if they end with it, and what was read for them."""
+@dataclass(frozen=True)
+class _Cut:
+    """The windows of a source `[count, length]`, those after them, its tail if they end with it, what was read."""
+
+    ids: Tensor
+    spare: Tensor
+    tail: Tensor
+    recipe: PartRecipe
+
+
+def _cut_windows(part: Part, count: int | None, request: _Request) -> _Cut:
     source = sources.read(part, request.purpose)
     per_window = request.length - (request.bos == "window")
     needed = None if count is None else count * per_window
@@ -196,14 +211,14 @@ def _cut_windows(part: Part, count: int | None, request: _Request) -> tuple[Tens
     tail = ids[whole * per_window :] if ends else ids[:0]
     if request.generator is not None:
         rows = rows[torch.randperm(whole, generator=request.generator)]
-    rows = rows[:count]
+    taken = whole if count is None else count
+    spare = min(request.spare, whole - taken)
+    apart = [taken + (2 * i + 1) * (whole - taken) // (2 * spare) for i in range(spare)]  # neighbours are alike
+    rows = rows[[*range(taken), *apart]]
     if request.bos == "window":
         rows = torch.cat([torch.full((len(rows), 1), _bos_id(request.tokenizer)), rows], dim=1)
-    return (
-        rows.contiguous(),
-        tail,
-        PartRecipe(sources.label(part), source.split, reading, documents, len(ids), len(rows)),
-    )
+    recipe = PartRecipe(sources.label(part), source.split, reading, documents, len(ids), taken)
+    return _Cut(rows[:taken].contiguous(), rows[taken:].contiguous(), tail, recipe)
 
 
 def _tokens(source: Source, name: str, needed: int | None, request: _Request) -> tuple[Tensor, int, str]:
@@ -263,10 +278,11 @@ def _bos_id(tokenizer: Any) -> int:
     return int(tokenizer.bos_token_id)
 
 
-def _written_windows(model: Any, count: int | None, request: _Request) -> tuple[Tensor, Tensor, PartRecipe]:
+def _written_windows(model: Any, count: int | None, request: _Request) -> _Cut:
     if request.bos == "window":
         lead = [_bos_id(request.tokenizer)]
     else:
         lead = _lead(request.tokenizer, "a") if request.bos == "start" else []
     ids = write_windows(model, request.tokenizer, lead, count, request.length, request.generator)
-    return ids, ids.flatten()[:0], PartRecipe("self", "all", "written by the model", len(ids), ids.numel(), len(ids))
+    recipe = PartRecipe("self", "all", "written by the model", len(ids), ids.numel(), len(ids))
+    return _Cut(ids, ids[:0], ids.flatten()[:0], recipe)

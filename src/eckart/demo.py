@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from eckart import checkpoint
+from eckart.compression import Calibration
 from eckart.demo_assets import fetch_demo_model
 from eckart.files import check_new_folder
 from eckart.ledger import Ledger
 from eckart.measure import evaluate
 from eckart.pipeline import compress
 from eckart.progress import Progress, silent
-from eckart.run import Calibration
 
 CORPUS = "python-docs"
 CALIBRATION = Calibration(data=CORPUS, windows=32, length=512)

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from eckart import files
+from eckart.compression import Calibration, Compression
 from eckart.goals import Goal
 from eckart.plans import Plan
 from eckart.progress import Progress, silent
 from eckart.recipes import Recipe
-from eckart.run import Calibration, Compression, Run
+from eckart.run import Run
 from eckart.types import Spectrum
 
 if TYPE_CHECKING:

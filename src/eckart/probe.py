@@ -4,7 +4,8 @@ One decomposition of each matrix serves every candidate; nothing is decomposed h
 a work folder, so that a search that was cut short measures only what is missing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf
 
@@ -51,20 +52,27 @@ class SlicingProbe:
         return self.known[piece]
 
     def _measure(self, entries: Sequence[Entry], windows: Tensor) -> float:
-        names = [n for e in entries if e.rank is not None for n in e.targets]
-        dense = {name: self.model.get_submodule(name) for name in names}
+        stage = f"probe {len(self.known) + 1}"
         try:
-            for group, entry in zip(self.groups, entries, strict=True):
-                if entry.rank is not None:
-                    self.put(self.model, group, entry)
-            return perplexity(
-                self.model, list(windows), progress=self.progress, stage=f"probe {len(self.known) + 1}"
-            ).nll
+            with in_place(self.model, self.groups, entries, self.put):
+                return perplexity(self.model, list(windows), progress=self.progress, stage=stage).nll
         except (NumericalError, OverflowError):
             return inf
-        finally:
-            for name, module in dense.items():
-                swap_(self.model, name, module)
+
+
+@contextmanager
+def in_place(model: nn.Module, groups: Sequence[Group], entries: Sequence[Entry], put: Put) -> Iterator[None]:
+    """The factors of a plan in the model by `put`, for as long as the context lasts; then the dense layers again."""
+    names = [name for entry in entries if entry.rank is not None for name in entry.targets]
+    dense = {name: model.get_submodule(name) for name in names}
+    try:
+        for group, entry in zip(groups, entries, strict=True):
+            if entry.rank is not None:
+                put(model, group, entry)
+        yield
+    finally:
+        for name, module in dense.items():
+            swap_(model, name, module)
 
 
 def split_for_search(windows: Tensor, scoring: int, held_out: int) -> tuple[Tensor, Tensor]:

@@ -87,8 +87,8 @@ BUILT_IN = {
             "eckart",
             "two_sided",
             "water_level",
-            options={"allocator": {"storage": "pivoted"}},
-            about="Fisher metric, one water level over the model, pivoted storage; predicts its loss",
+            options={"allocator": {"storage": "pivoted", "correction": "cheap"}},
+            about="Fisher metric, one water level over the model, pivoted storage; predicts and measures its loss",
         ),
         Recipe(
             "lc-svd",

@@ -1,9 +1,9 @@
 """One run of the pipeline: the stages, and what they hand to each other."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,18 +13,22 @@ from torch import nn
 
 from eckart import checkpoint, data, dtypes, ledger, recipes
 from eckart.allocators.base import Allocator, Probe
+from eckart.compression import Calibration, Compression
+from eckart.correction import Correction, corrected
 from eckart.decomposing import decompose, factorize_group_
 from eckart.demo_assets import cache_folder
 from eckart.density import with_density
-from eckart.discovery import Layout, check_finite, discover
+from eckart.discovery import check_finite, discover
 from eckart.errors import OptionError
 from eckart.factorizers.base import GroupDecomposition
 from eckart.goals import Goal, header_bytes, meet, predicted_kl
+from eckart.held_out import WINDOWS as SPARE
+from eckart.held_out import HeldOut
 from eckart.ledger import Ledger
 from eckart.linear import weight_view
 from eckart.observation import needs_windows, observe
 from eckart.plans import Plan, resolve
-from eckart.probe import SlicingProbe, split_for_search
+from eckart.probe import SlicingProbe, in_place, split_for_search
 from eckart.progress import Progress, track
 from eckart.provenance import make_provenance, versions
 from eckart.recipes import Recipe
@@ -37,38 +41,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Tensor = torch.Tensor
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Which text is calibrated on, and how it becomes windows of tokens (`eckart.data`).
-
-    The defaults are those of the papers: 256 windows of 2048 tokens of WikiText-2.
-    """
-
-    data: str = "wikitext2"
-    windows: int = 256
-    length: int = 2048
-    seed: int | None = None
-    join: str = "\n\n"
-    bos: str = "start"
-
-
-@dataclass
-class Compression:
-    """What a run made. `seconds` holds the wall time of each stage; it is not saved with the model."""
-
-    model: "PreTrainedModel"
-    tokenizer: "PreTrainedTokenizerBase"
-    layout: Layout
-    plan: Plan
-    ledger: Ledger
-    provenance: dict[str, Any]
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def save(self, folder: str | Path) -> None:
-        """Write the checkpoint; raises `OutputError` and leaves nothing behind if it cannot."""
-        checkpoint.save(self.model, folder, tokenizer=self.tokenizer, plan=self.plan, provenance=self.provenance)
 
 
 class Run:
@@ -110,6 +82,8 @@ class Run:
         self.layout = discover(self.model, include, exclude)
         check_finite(self.model, self.layout.targets)
         self.windows: data.Windows | None = None
+        self.held_out: HeldOut | None = None
+        self.measured_kl: float | None = None
         self.decompositions: dict[str, GroupDecomposition] = {}
         self.notes: list[dict[str, Any]] = []
 
@@ -130,23 +104,61 @@ class Run:
             ledger.check_reachable(groups, goal.keep, rank_multiple)
         self._decompose(groups)
         asked = {**goal.to_dict(), "rank_multiple": rank_multiple}
-        with self.timed("allocate"):
-            overhead = header_bytes(self.model.state_dict(), self.layout.targets)
-            return meet(
-                goal,
-                lambda keep: self._allocate(groups, keep, rank_multiple, asked),
-                self.layout.target_parameters,
-                overhead,
-            )
+        overhead = header_bytes(self.model.state_dict(), self.layout.targets)
+
+        def answer(correction: Correction | None) -> Plan:
+            with self.timed("allocate"):
+                return meet(
+                    goal,
+                    lambda keep: self._allocate(groups, keep, rank_multiple, asked, correction),
+                    self.layout.target_parameters,
+                    overhead,
+                )
+
+        made = answer(None)
+        level = self.recipe.make_allocator().correction_level()
+        if not self._predicts() or level == "off":
+            return made
+        spectra = [self.decompositions[group.name].spectrum for group in groups]
+        return corrected(goal, made, answer, spectra, level, self._kl_of(groups), self.progress)
+
+    def _predicts(self) -> bool:
+        """Whether the metric predicts the loss; if so, remember what the dense model says on a few windows."""
+        known = all(made.spectrum.nats is not None for made in self.decompositions.values())
+        if known and self.held_out is None and self.windows is not None:
+            self.held_out = HeldOut.of(self.model, self.windows)
+        return known and self.held_out is not None
+
+    def _kl_of(self, groups: Sequence[Group]) -> Callable[[Sequence[Entry]], float]:
+        """Measures the KL divergence of a candidate plan from the dense model."""
+
+        def kl(entries: Sequence[Entry]) -> float:
+            assert self.held_out is not None
+            with self.timed("probe"), in_place(self.model, groups, entries, self._put):
+                return self.held_out.kl()
+
+        return kl
+
+    def _put(self, model: nn.Module, group: Group, entry: Entry) -> None:
+        factorize_group_(model, group, entry, self.decompositions[group.name])
 
     def spectra(self, groups: Sequence[Group]) -> list[Spectrum]:
         """Decompose the groups; their spectra in the same order."""
         self._decompose(groups)
         return [self.decompositions[group.name].spectrum for group in groups]
 
-    def _allocate(self, groups: Sequence[Group], keep: float, rank_multiple: int, asked: Mapping[str, Any]) -> Plan:
+    def _allocate(
+        self,
+        groups: Sequence[Group],
+        keep: float,
+        rank_multiple: int,
+        asked: Mapping[str, Any],
+        correction: Correction | None,
+    ) -> Plan:
         """The allocator's plan for a share, with what it reaches by the ledger and by the metric."""
         spectra = [self.decompositions[group.name].spectrum for group in groups]
+        if correction is not None:
+            spectra = correction.apply(spectra)
         allocator, budget = self.recipe.make_allocator(), Budget(keep, rank_multiple)
         if needs_windows(allocator):
             spectra = self._observe(allocator, groups, keep)
@@ -169,17 +181,14 @@ class Run:
         facts = {"factorizer": self.recipe.to_dict()["factorizer"], "versions": versions()}
         tensors = [*state_of(self.model), ("scoring", scoring), ("held out", held_out)] if self.work else []
         folder = WorkFolder(self.work, "probe", fingerprint(facts, tensors))
-
-        def put(model: nn.Module, group: Group, entry: Entry) -> None:
-            factorize_group_(model, group, entry, self.decompositions[group.name])
-
-        return SlicingProbe(self.model, groups, put, scoring, held_out, folder, self.progress)
+        return SlicingProbe(self.model, groups, self._put, scoring, held_out, folder, self.progress)
 
     def take_plan(self, plan: Plan | str | Path) -> Plan:
         """Check a saved plan against the model and decompose what it factorises."""
         given = plan if isinstance(plan, Plan) else Plan.load(plan)
         groups, entries = resolve(given, self.layout.targets)
         self._decompose([g for g, e in zip(groups, entries, strict=True) if e.rank is not None])
+        self._predicts()
         settled = Plan(tuple(self._settle(entries)), given.asked, {}, given.made_by)
         return replace(settled, reached=self.ledger(settled).to_dict())
 
@@ -226,7 +235,9 @@ class Run:
         if self.windows is None:
             with self.timed("data"):
                 spec = asdict(self.calibration)
-                self.windows = data.load_windows(spec.pop("data"), self.tokenizer, model=self.model, **spec)
+                self.windows = data.load_windows(
+                    spec.pop("data"), self.tokenizer, model=self.model, spare=SPARE, **spec
+                )
                 data.check_length(self.windows, self.model)
         return self.windows.ids.to(self.model.device)
 
@@ -255,8 +266,18 @@ class Run:
             pivoted = [e.name for e in entries if e.rank is not None and e.storage == "pivoted"]
             for name in track(pivoted, "store", len(pivoted), self.progress):
                 store_(self.model, name, "pivoted")
+        self._measure(plan, refined=bool(refiners))
         dtypes.cast_(self.model, self.stored_dtype)
         hf.attach_(self.model, hf.specs_of(self.model))
+
+    def _measure(self, plan: Plan, refined: bool) -> None:
+        """The KL divergence of the finished model, if it was predicted and not already measured with the plan."""
+        if self.held_out is None:
+            return
+        self.measured_kl = None if refined else plan.reached.get("measured_kl")
+        if self.measured_kl is None:
+            with self.timed("probe"):
+                self.measured_kl = self.held_out.kl()
 
     def result(self, plan: Plan) -> Compression:
         provenance = make_provenance(
@@ -267,4 +288,7 @@ class Run:
             ledger=self.ledger(plan).to_dict(),
         )
         provenance |= {"refinement": self.notes} if self.notes else {}
+        if self.held_out is not None:
+            provenance["kl"] = {"measured": self.measured_kl, "predicted": plan.reached.get("predicted_kl")}
+            provenance["kl"] |= self.held_out.to_dict()
         return Compression(self.model, self.tokenizer, self.layout, plan, self.ledger(plan), provenance, self.seconds)

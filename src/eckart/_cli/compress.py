@@ -88,6 +88,8 @@ def compress(
         print_json({"out": str(out), "ledger": made.ledger.to_dict(), "seconds": made.seconds, **made.provenance})
         return
     terminal.show_ledger(made.ledger)
+    if "kl" in made.provenance:
+        terminal.show_kl(made.provenance["kl"])
     terminal.out.print("  ".join(f"{stage} {seconds:.1f} s" for stage, seconds in made.seconds.items()))
     terminal.out.print(f"Checkpoint: {out}")
 

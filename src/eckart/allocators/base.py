@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from eckart import ledger
+from eckart.correction import Level
 from eckart.types import Budget, Entry, Spectrum
 
 
@@ -43,6 +44,10 @@ class Allocator(ABC):
 
         Raises `BudgetError` when the budget cannot be met.
         """
+
+    def correction_level(self) -> Level:
+        """How much to spend on measuring how far predicted losses are off (`eckart.correction`)."""
+        return "off"
 
     def probe_windows(self) -> tuple[int, int] | None:
         """On how many calibration windows to measure candidate plans, and how many to hold out; None: on none.

@@ -9,6 +9,7 @@ import numpy as np
 
 from eckart import ledger
 from eckart.allocators.base import Allocator, checked
+from eckart.correction import Level
 from eckart.errors import BudgetError, OptionError
 from eckart.hull import Curve, spend
 from eckart.types import Budget, Entry, Group, Spectrum
@@ -24,7 +25,8 @@ class WaterLevel(Allocator):
     The loss is the predicted one in nats per token where every spectrum knows it, else the squared
     truncation error. `normalise` divides each group's loss by what rank 0 would lose, for metrics
     whose groups do not speak one unit. `storage` prices the ranks; `dense` allows a group to stay
-    whole. No rank is below `floor_rank` or below `floor_share` of the full rank.
+    whole. No rank is below `floor_rank` or below `floor_share` of the full rank. `correction` measures
+    by how much the predicted losses of the kinds of matrices are off, and allocates again (`eckart.correction`).
     """
 
     storage: Literal["pair", "pivoted"] = "pair"
@@ -32,12 +34,16 @@ class WaterLevel(Allocator):
     floor_rank: int = 1
     floor_share: float = 0.0
     normalise: bool = False
+    correction: Level = "off"
 
     def __post_init__(self) -> None:
         if self.floor_rank < 1:
             raise OptionError(f"water_level.floor_rank is {self.floor_rank}, but must be at least 1.")
         if not 0 <= self.floor_share <= 1:
             raise OptionError(f"water_level.floor_share is {self.floor_share:g}, but must lie in [0, 1].")
+
+    def correction_level(self) -> Level:
+        return self.correction
 
     def allocate(self, spectra: Sequence[Spectrum], budget: Budget) -> list[Entry]:
         checked(spectra, budget)
