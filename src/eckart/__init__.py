@@ -6,12 +6,15 @@
     model = eckart.load("smaller")
     print(eckart.evaluate("smaller", against="model-folder"))
 
-Names are loaded when they are first used: importing the package imports neither transformers nor
-datasets and touches no GPU. No module is named like a public function, which its import would hide.
+Names are loaded when they are first used: importing the package imports neither torch nor transformers
+nor datasets. No module is named like a public function, which its import would hide. Once it is imported,
+`AutoModelForCausalLM.from_pretrained("smaller")` of transformers loads what eckart saved.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from eckart.registration import register_when_imported
 
 __version__ = "0.1.0"
 
@@ -93,3 +96,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+register_when_imported()
