@@ -116,9 +116,13 @@ def test_saving_again_writes_the_same_bytes(family: str, make: Make, tmp_path: P
     checkpoint.save(make(family), tmp_path / "a", provenance=PROVENANCE)
     loaded = checkpoint.load(tmp_path / "a")
     checkpoint.save(loaded, tmp_path / "b", provenance=PROVENANCE)
-    loaded.save_pretrained(tmp_path / "c")
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+    loaded.save_pretrained(tmp_path / "c")  # the same but for the code
+    assert "auto_map" not in json.loads((tmp_path / "c/config.json").read_text())
+    edit_json(tmp_path / "a/config.json", lambda config: config.pop("auto_map"))
+    edit_json(tmp_path / "c/config.json", lambda config: None)  # written the same way
     for name in ("config.json", "generation_config.json", "model.safetensors"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "c" / name).read_bytes(), name
     assert hf.specs_of(checkpoint.load(tmp_path / "c")) == hf.specs_of(loaded)  # without provenance, too
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from eckart import files, pretrained
+from eckart import card, files, portable, pretrained
 from eckart.errors import CheckpointError, ModelError, PlanError
 from eckart.plans import Plan
 from eckart.pretrained import CONFIG
@@ -35,7 +35,7 @@ def save(
     provenance: Mapping[str, Any] | None = None,
     max_shard_size: str = "5GB",
 ) -> None:
-    """Write a checkpoint to a new folder, whole or not at all.
+    """Write a checkpoint to a new folder, whole or not at all, with the code that reads it and a model card.
 
     `provenance` is JSON data; the sizes and hashes of the weight files are added to it, and the
     versions in use where it has none. The model is left ready for its own `save_pretrained`. Raises
@@ -52,12 +52,17 @@ def save(
     hf.attach_(model, specs)
     with files.new_folder(folder) as partial, pretrained.quiet(), _disk_errors(folder):
         model.save_pretrained(partial, max_shard_size=max_shard_size)
+        if specs:
+            portable.write_code(partial, model)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if plan is not None:
             _write_json(partial / PLAN, plan.to_dict())
         written = {path.name: _fingerprint(path) for path in sorted(partial.glob("*.safetensors"))}
-        _write_json(partial / PROVENANCE, {"versions": versions(), **(provenance or {}), "files": written})
+        told = {"versions": versions(), **(provenance or {}), "files": written}
+        _write_json(partial / PROVENANCE, told)
+        if specs:
+            (partial / card.NAME).write_text(card.card(told, plan), encoding="utf-8")
 
 
 def load(

@@ -1,26 +1,19 @@
 """Change the storage of a saved model without compressing it again: pair, pivoted or dense."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from eckart import checkpoint, files, hf, ledger
 from eckart.discovery import Layout, discover
 from eckart.errors import OptionError
 from eckart.ledger import Ledger
-from eckart.linear import is_factorized, swap_, weight_view
 from eckart.plans import Plan, resolve
 from eckart.progress import Progress, silent, track
 from eckart.storage import store_
 from eckart.types import Entry
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 STORAGES = ("pair", "pivoted", "dense")
 
@@ -45,16 +38,14 @@ def convert(folder: str | Path, *, storage: str, out: str | Path, progress: Prog
         raise OptionError(f"storage is {storage!r}, but must be {', '.join(STORAGES)}.")
     files.check_new_folder(Path(out))
     model, tokenizer = checkpoint.load(folder), checkpoint.load_tokenizer(folder)
-    specs, skeleton = hf.specs_of(model), _dense_skeleton(model)
+    specs, skeleton = hf.specs_of(model), hf.dense_skeleton(model)
     left = {} if storage == "dense" else _left(model, specs, storage)
     names = [n for n, spec in specs.items() if n not in left and spec["storage"] != storage]
-    for name in track(names, "convert", len(names), progress):
-        if storage == "dense":
-            _densify_(model, name, skeleton.get_submodule(name))
-        else:
+    if storage == "dense" and specs:
+        model.dequantize()
+    else:
+        for name in track(names, "convert", len(names), progress):
             store_(model, name, storage)
-    if storage == "dense":
-        _forget_quantizer_(model)
     layout = discover(skeleton)
     plan, reached = _plan(checkpoint.read_plan(folder), model, layout)
     provenance = {**checkpoint.read_provenance(folder), "converted_to": storage, "ledger": reached.to_dict()}
@@ -73,36 +64,6 @@ def _left(model: nn.Module, specs: hf.Specs, storage: str) -> dict[str, str]:
         if spec["rank"] == min(model.get_submodule(name).weight.shape):  # type: ignore[arg-type]
             left[name] = "has full rank"
     return left
-
-
-def _dense_skeleton(model: "PreTrainedModel") -> "PreTrainedModel":
-    """The model as it was before it was factorised, on the meta device."""
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        skeleton: PreTrainedModel = type(model)(config)
-    return skeleton
-
-
-@torch.no_grad()
-def _densify_(model: nn.Module, name: str, empty: nn.Module) -> None:
-    """Put the product of the factors into a dense layer of the kind that was there."""
-    old = model.get_submodule(name)
-    assert is_factorized(old)
-    weight = old.weight
-    dense = copy.deepcopy(empty).to(weight.dtype).to_empty(device=weight.device)
-    weight_view(dense).copy_(weight)
-    if old.bias is not None:
-        dense.bias.copy_(old.bias)  # type: ignore[operator]
-    swap_(model, name, dense.requires_grad_(weight.requires_grad).train(old.training))
-
-
-def _forget_quantizer_(model: Any) -> None:
-    """Make the model an ordinary one again for `save_pretrained`."""
-    model.hf_quantizer, model.is_quantized = None, False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
 
 
 def _plan(plan: Plan | None, model: nn.Module, layout: Layout) -> tuple[Plan, Ledger]:

@@ -1,9 +1,10 @@
 """Teach transformers to load and save factorised models: a quantizer named `eckart`, registered on import.
 
-Needs torch, transformers and `.linear` alone, so that the two files can travel with a checkpoint.
-What stands in a checkpoint, and why, is in `docs/format.md`.
+Needs torch, transformers and two files beside it alone, since it travels with checkpoints
+(`modeling_eckart.py`). What stands in a checkpoint, and why, is in `docs/format.md`.
 """
 
+import copy
 import re
 from typing import Any
 
@@ -18,9 +19,10 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .linear import empty_like, is_factorized, is_linear, share_basis_, swap_
+from .linear import empty_like, is_factorized, is_linear, share_basis_, swap_, weight_view
 
 METHOD = "eckart"
+CODE = "modeling_eckart"  # the file that `auto_map` of a checkpoint names
 FORMAT_VERSION = 1
 Specs = dict[str, dict[str, Any]]
 
@@ -65,14 +67,37 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = True  # a dense model cannot be quantized on the fly by naming this method
 
+    def update_device_map(self, device_map: Any) -> Any:
+        """Refuse a map that cannot work, which would fail with a word on meta devices."""
+        for name, spec in self.quantization_config.modules.items() if isinstance(device_map, dict) else ():
+            owner = spec.get("basis_of", name)
+            if _device_of(owner, device_map) == "disk" != _device_of(name, device_map):
+                raise ValueError(
+                    f"device_map: {name} reads the basis of {owner}, which is on disk; put {name} there too, "
+                    f"or {owner} where {name} is."
+                )
+        return device_map
+
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         config: EckartConfig = self.quantization_config
         for name, spec in config.modules.items():
             _put_empty_(model, name, spec)
         _tie_(model, config.modules)
+        forget_code_(model)
         ignored = model._keys_to_ignore_on_load_unexpected
         kind = set if isinstance(ignored, set) else list  # a list up to transformers 5.4, a set later
         model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), f"^{re.escape(config.guard)}$"])
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        # accelerate reads the weights of an offloaded layer by that layer's name. A shared basis is in no file
+        # under its user's name, and transformers adds the name only where its owner is offloaded as well.
+        for name, spec in self.quantization_config.modules.items():
+            hook = getattr(model.get_submodule(f"{name}.basis"), "_hf_hook", None)
+            stored = getattr(getattr(hook, "weights_map", None), "dataset", None)
+            if "basis_of" in spec and stored is not None and f"{name}.basis.weight" not in [*stored]:
+                owner = model.get_submodule(spec["basis_of"])
+                stored.state_dict[f"{name}.basis.weight"] = owner.basis.weight
+                stored.all_keys.append(f"{name}.basis.weight")
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """The tensors that `save_pretrained` writes: the model's own and the guard."""
@@ -82,6 +107,18 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
         # tensor under the name of one of them is a size mismatch, and that it refuses.
         state[config.guard] = torch.zeros(0, dtype=model.dtype)
         return state, {}  # no metadata: safetensors writes more than one entry in random order
+
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        if plan:
+            from .tensor_parallel import split_factors_
+
+            split_factors_(model, plan)
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """What `model.dequantize()` does: the product of the factors in place of each factorised layer."""
+        wanted = None if dtype == model.config.dtype else dtype  # transformers fills in the stored dtype
+        densify_(model)
+        return model if wanted is None else model.to(wanted)
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
@@ -103,6 +140,13 @@ if METHOD not in AUTO_QUANTIZER_MAPPING:
     register_quantizer(METHOD)(EckartQuantizer)
 if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
     register_quantization_config(METHOD)(EckartConfig)
+
+
+def _device_of(name: str, device_map: dict[str, Any]) -> Any:
+    """Where a map puts a layer: by the longest of its names that the map has."""
+    while name and name not in device_map:
+        name = name.rpartition(".")[0]
+    return device_map.get(name)
 
 
 def specs_of(model: nn.Module) -> Specs:
@@ -140,6 +184,46 @@ def attach_(model: Any, specs: Specs) -> None:
     model.hf_quantizer = quantizer
     model.is_quantized, model.quantization_method = True, METHOD
     quantizer.postprocess_model(model)
+
+
+def dense_skeleton(model: Any) -> Any:
+    """The model as it was before it was factorised, on the meta device."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        return type(model)(config)
+
+
+@torch.no_grad()
+def densify_(model: Any) -> None:
+    """Put the product of the factors, in their dtype, into a dense layer of the kind that was there."""
+    skeleton = dense_skeleton(model)
+    for name in specs_of(model):
+        old = model.get_submodule(name)
+        weight = old.weight
+        if weight.is_meta:
+            raise ValueError(f"{name}: is offloaded, so its product cannot be computed; load without device_map first.")
+        dense = skeleton.get_submodule(name).to(weight.dtype).to_empty(device=weight.device)
+        weight_view(dense).copy_(weight)
+        if old.bias is not None:
+            dense.bias.copy_(old.bias)
+        swap_(model, name, dense.requires_grad_(next(old.parameters()).requires_grad).train(old.training))
+        model.all_tied_weights_keys.pop(f"{name}.basis.weight", None)
+
+
+def forget_code_(model: Any) -> None:
+    """Take the code that travelled with a checkpoint out of the configuration of a native model.
+
+    Its own `save_pretrained` does not copy that code, and a configuration must not name files that are
+    not there. `eckart.save` writes both; transformers does for a model that was loaded by that code.
+    """
+    code = getattr(model.config, "auto_map", None)
+    if code and not model.is_remote_code():
+        rest = {k: ref for k, ref in code.items() if not str(ref).split("--")[-1].startswith(CODE + ".")}
+        model.config.auto_map = rest
+        if not rest:
+            del model.config.auto_map
 
 
 def _put_empty_(model: nn.Module, name: str, spec: dict[str, Any]) -> None:

@@ -118,9 +118,9 @@ class KeptColumnsLinear(FactorizedLinear):
         remaining = self.in_features - self.kept_columns
         y: Tensor = self.coefficients(self.basis(flat[:, :remaining]))
         strip = flat[:, remaining:]
-        if type(self.kept) is nn.Linear and y.dtype == strip.dtype == self.kept.weight.dtype:
+        if type(self.kept) is nn.Linear and _alike(y, strip, self.kept.weight):
             y = y.addmm_(strip, self.kept.weight.T)  # no second [tokens, out]
-        else:  # an adapter's or a quantiser's layer, or autocast
+        else:  # an adapter's or a quantiser's layer, autocast, or a weight that accelerate brings for the call
             y = y + self.kept(strip)
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -135,6 +135,10 @@ class KeptColumnsLinear(FactorizedLinear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, kept={self.kept_columns}"
+
+
+def _alike(y: Tensor, *others: Tensor) -> bool:
+    return all(t.dtype == y.dtype and t.device == y.device for t in others)
 
 
 class PivotedLinear(nn.Module):
