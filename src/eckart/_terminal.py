@@ -127,6 +127,14 @@ def show_kl(kl: dict[str, Any]) -> None:
     )
 
 
+def show_drift(drift: dict[str, Any]) -> None:
+    """Whether the calibration was long enough: how far the metric still moved."""
+    out.print(
+        f"Over the last quarter of the calibration the metric moved by {drift['median']:.1%} (median of the matrices; "
+        f"{drift['most']:.1%} for {drift['most_of']}). It moves less with more windows."
+    )
+
+
 def show_results(result: dict[str, Any]) -> None:
     """Perplexity on every corpus, dense beside compressed, with the protocol under it."""
     rows = []

@@ -1,6 +1,8 @@
 """Decompose every group of a model once, and put factors in the place of weights."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,10 +50,20 @@ def decompose(
             weights = [weight_view(model.get_submodule(name)) for name in group.names]
             members = GroupStatistics(tuple(statistics[name] for name in group.names))
             done[group.name] = factorizer.decompose(group, weights, members)
+            done[group.name].drift = members.drift
         waiting = [group for group in waiting if group.name not in done]
         needed = {name for group in waiting for name in group.names}
         statistics = {name: value for name, value in statistics.items() if name in needed}
     return done
+
+
+def drift_of(decompositions: Mapping[str, GroupDecomposition]) -> dict[str, Any]:
+    """How far the metric moved over the last quarter of the calibration: the median, and the most with its name."""
+    known = {name: made.drift for name, made in decompositions.items() if made.drift is not None}
+    if not known:
+        return {}
+    most = max(known, key=known.__getitem__)
+    return {"median": median(known.values()), "most": known[most], "most_of": most}
 
 
 def factorize_group_(model: nn.Module, group: Group, entry: Entry, decomposition: GroupDecomposition) -> None:

@@ -14,7 +14,15 @@ from eckart.errors import NumericalError
 from eckart.input_statistics import collect_input, finish_inputs
 from eckart.progress import Progress, track
 from eckart.recorder import Recorder
-from eckart.statistics import GRADIENT_GRAM_NEEDS, GRADIENT_NEEDS, TRUE_LABEL_NEEDS, Gram, Need, Statistics
+from eckart.statistics import (
+    GRADIENT_GRAM_NEEDS,
+    GRADIENT_NEEDS,
+    TRUE_LABEL_NEEDS,
+    Gram,
+    Need,
+    Statistics,
+    mark_three_quarters,
+)
 from eckart.types import Target
 
 Tensor = torch.Tensor
@@ -116,6 +124,7 @@ def backward_block(
         for x, members in recorder.by_input():
             outputs = [(t, y.detach()) for t, y in members]
             collect_input(x.detach(), outputs, block, result, needs - GRADIENT_NEEDS, whole_gram)
+        mark_three_quarters(result.values(), index + 1, len(entrances))
     for target in targets:
         finish_inputs(target, result[target.name], needs - GRADIENT_NEEDS)
         _check(target, result[target.name])

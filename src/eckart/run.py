@@ -15,7 +15,7 @@ from eckart import checkpoint, data, dtypes, ledger, recipes
 from eckart.allocators.base import Allocator, Probe
 from eckart.compression import Calibration, Compression
 from eckart.correction import Correction, corrected
-from eckart.decomposing import decompose, factorize_group_
+from eckart.decomposing import decompose, drift_of, factorize_group_
 from eckart.demo_assets import cache_folder
 from eckart.density import with_density
 from eckart.discovery import check_finite, discover
@@ -85,6 +85,7 @@ class Run:
         self.held_out: HeldOut | None = None
         self.measured_kl: float | None = None
         self.decompositions: dict[str, GroupDecomposition] = {}
+        self.drift: dict[str, Any] = {}
         self.notes: list[dict[str, Any]] = []
 
     @contextmanager
@@ -224,11 +225,18 @@ class Run:
         return ledger.make_ledger(groups, entries, self.layout.parameters, self.stored_dtype.itemsize)
 
     def _decompose(self, groups: Sequence[Group]) -> None:
+        """Decompose the groups, unless they are: one calibration serves every plan."""
+        if groups and all(self._known(group) for group in groups):
+            return
         ids = self._token_windows() if self.factorizer.needs and groups else None
         with self.timed("calibrate and decompose"):
             self.decompositions = decompose(
                 self.model, self.layout, groups, self.factorizer, ids, progress=self.progress
             )
+            self.drift = drift_of(self.decompositions)
+
+    def _known(self, group: Group) -> bool:
+        return group.name in self.decompositions and self.decompositions[group.name].group == group
 
     def _token_windows(self) -> Tensor:
         """The calibration windows, read once; `[windows, length]` token ids on the model's device."""
@@ -288,6 +296,7 @@ class Run:
             ledger=self.ledger(plan).to_dict(),
         )
         provenance |= {"refinement": self.notes} if self.notes else {}
+        provenance |= {"metric_drift": self.drift} if self.drift else {}
         if self.held_out is not None:
             provenance["kl"] = {"measured": self.measured_kl, "predicted": plan.reached.get("predicted_kl")}
             provenance["kl"] |= self.held_out.to_dict()

@@ -1,5 +1,6 @@
 """What the sweep can collect about a target, and the sums that hold it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -39,6 +40,19 @@ class Gram:
         self.tokens = 0
         self._sides: dict[float, Side] = {}
         self._totals: dict[tuple[Gram, ...], Gram] = {}
+        self._early: tuple[Tensor, int] | None = None
+
+    def mark(self) -> None:
+        """Remember the sum so far, for `drift`."""
+        self._early = (self.matrix.clone(), self.tokens)
+
+    @property
+    def drift(self) -> float | None:
+        """By how much the mean `x x^T` moved since the mark, relative, in the Frobenius norm; None without a mark."""
+        if self._early is None or not self._early[1] or not bool(self.matrix.any()):
+            return None
+        mean, early = self.matrix / self.tokens, self._early[0] / self._early[1]
+        return float((mean - early).norm() / mean.norm())
 
     def add_(self, x: Tensor) -> None:
         """Add the tokens of `x`, `[..., k]`."""
@@ -90,12 +104,32 @@ class Statistics:
     gradient_energy: float = 0.0
     predictions: int = 0
 
+    @property
+    def grams(self) -> list[Gram]:
+        """Those that were collected."""
+        known = (self.input_gram, self.output_gram, self.gradient_gram, self.pulled_gradient_gram)
+        return [gram for gram in known if gram is not None]
+
+
+def mark_three_quarters(collected: Iterable[Statistics], done: int, total: int) -> None:
+    """Called after each of `total` batches: marks the Grams when three quarters are done (not of one batch)."""
+    if total > 1 and done == max(1, total * 3 // 4):
+        for gram in {id(gram): gram for statistics in collected for gram in statistics.grams}.values():
+            gram.mark()
+
 
 @dataclass(frozen=True)
 class GroupStatistics:
     """The statistics of the members of a group, in the group's order."""
 
     members: tuple[Statistics, ...] = field(default_factory=tuple)
+
+    @property
+    def drift(self) -> float | None:
+        """The most that a Gram of a member moved over the last quarter of the batches; None if that is unknown."""
+        moved = [gram.drift for member in self.members for gram in member.grams]
+        known = [drift for drift in moved if drift is not None]
+        return max(known) if known else None
 
     def input_side(self, damping: float) -> Side | None:
         """The summed input Gram of the members as a side of a metric, or None if it was not collected."""

@@ -22,7 +22,7 @@ from eckart.gradient_statistics import backward_block, check_labels, loss_gradie
 from eckart.input_statistics import collect_input, finish_inputs
 from eckart.progress import Progress, silent, track
 from eckart.recorder import Recorder
-from eckart.statistics import GRADIENT_NEEDS, Need, Statistics
+from eckart.statistics import GRADIENT_NEEDS, Need, Statistics, mark_three_quarters
 from eckart.types import Target
 
 Tensor = torch.Tensor
@@ -83,6 +83,7 @@ def _forward_block(
             stream.hidden[index] = call.run(block, hidden)
             for x, members in recorder.by_input():
                 collect_input(x, members, block, result, needs, whole_gram)
+            mark_three_quarters(result.values(), index + 1, len(stream.batches))
     stream.position += 1
     for target in targets:
         finish_inputs(target, result[target.name], needs)

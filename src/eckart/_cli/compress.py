@@ -90,6 +90,8 @@ def compress(
     terminal.show_ledger(made.ledger)
     if "kl" in made.provenance:
         terminal.show_kl(made.provenance["kl"])
+    if "metric_drift" in made.provenance:
+        terminal.show_drift(made.provenance["metric_drift"])
     terminal.out.print("  ".join(f"{stage} {seconds:.1f} s" for stage, seconds in made.seconds.items()))
     terminal.out.print(f"Checkpoint: {out}")
 

@@ -20,7 +20,12 @@ Tensor = torch.Tensor
 
 
 class GroupDecomposition:
-    """The decomposition of a group's stacked weight: a spectrum, and factors at any rank."""
+    """The decomposition of a group's stacked weight: a spectrum, and factors at any rank.
+
+    `drift` is by how much its metric moved over the last quarter of the calibration, None if that is unknown.
+    """
+
+    drift: float | None = None
 
     def __init__(self, group: Group, decomposition: Decomposition, nats: float | None = None) -> None:
         self.group = group

@@ -37,7 +37,7 @@ class TwoSided(Factorizer):
     """
 
     input_shrinkage: float = 1e-4
-    gradient_shrinkage: float = 0.05
+    gradient_shrinkage: float = 0.1
     labels: Literal["sampled", "mixed", "true"] = "sampled"
 
     def __post_init__(self) -> None:
