@@ -17,7 +17,7 @@ from eckart.compression import Calibration, Compression
 from eckart.correction import Correction, corrected
 from eckart.decomposing import decompose, drift_of, factorize_group_
 from eckart.demo_assets import cache_folder
-from eckart.density import with_density
+from eckart.density import summary, with_density
 from eckart.discovery import check_finite, discover
 from eckart.errors import OptionError
 from eckart.factorizers.base import GroupDecomposition
@@ -86,6 +86,7 @@ class Run:
         self.measured_kl: float | None = None
         self.decompositions: dict[str, GroupDecomposition] = {}
         self.drift: dict[str, Any] = {}
+        self.summaries: list[dict[str, Any]] = []
         self.notes: list[dict[str, Any]] = []
 
     @contextmanager
@@ -234,6 +235,7 @@ class Run:
                 self.model, self.layout, groups, self.factorizer, ids, progress=self.progress
             )
             self.drift = drift_of(self.decompositions)
+            self.summaries = [summary(made.spectrum) for made in self.decompositions.values()]
 
     def _known(self, group: Group) -> bool:
         return group.name in self.decompositions and self.decompositions[group.name].group == group
@@ -287,17 +289,19 @@ class Run:
             with self.timed("probe"):
                 self.measured_kl = self.held_out.kl()
 
-    def result(self, plan: Plan) -> Compression:
+    def result(self, plan: Plan, command: str) -> Compression:
         provenance = make_provenance(
             source=self.source,
             model=self.model,
             recipe=self.recipe.to_dict(),
             calibration=None if self.windows is None else self.windows.recipe.to_dict(),
             ledger=self.ledger(plan).to_dict(),
+            command=command,
         )
         provenance |= {"refinement": self.notes} if self.notes else {}
         provenance |= {"metric_drift": self.drift} if self.drift else {}
         if self.held_out is not None:
             provenance["kl"] = {"measured": self.measured_kl, "predicted": plan.reached.get("predicted_kl")}
             provenance["kl"] |= self.held_out.to_dict()
-        return Compression(self.model, self.tokenizer, self.layout, plan, self.ledger(plan), provenance, self.seconds)
+        made = (self.model, self.tokenizer, self.layout, plan, self.ledger(plan), provenance, self.seconds)
+        return Compression(*made, self.summaries)
