@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from eckart.data import load_windows
     from eckart.discovery import Layout, discover
     from eckart.errors import EckartError, NumericalError, UserError
+    from eckart.exporting import export
     from eckart.inspection import inspect, methods
     from eckart.ledger import Ledger
     from eckart.linear import FactorizedLinear
@@ -47,6 +48,7 @@ _HOME = {
     "convert": "conversion",
     "discover": "discovery",
     "evaluate": "measure",
+    "export": "exporting",
     "inspect": "inspection",
     "load": "checkpoint",
     "load_windows": "data",
@@ -74,6 +76,7 @@ __all__ = [
     "convert",
     "discover",
     "evaluate",
+    "export",
     "inspect",
     "load",
     "load_windows",
