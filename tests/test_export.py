@@ -112,7 +112,7 @@ assert not {"eckart", "torch", "transformers"} & set(sys.modules)
 OPENVINO_ALONE = """
 import sys, numpy as np, openvino
 request = openvino.compile_model(
-    sys.argv[1] + "/openvino_model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}  # else bfloat16 where the CPU has it
+    sys.argv[1] + "/openvino_model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}  # not bfloat16
 ).create_infer_request()
 ids, made = np.load(sys.argv[2]), []
 for first, last in ((0, 5), (5, 6), (6, ids.shape[1])):  # the cache is inside

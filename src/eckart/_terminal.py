@@ -128,7 +128,7 @@ def show_kl(kl: dict[str, Any]) -> None:
 
 
 def show_results(result: dict[str, Any]) -> None:
-    """Perplexity on every corpus, dense beside compressed, with the protocol under it."""
+    """Perplexity on every corpus and the metrics of every task, dense beside compressed, with the protocols."""
     rows = []
     for row in result["results"]:
         dense = row.get("dense_perplexity")
@@ -136,12 +136,35 @@ def show_results(result: dict[str, Any]) -> None:
         rows.append(
             (row["data"], f"{row['windows']} x {row['protocol']['length']}", f"{row['perplexity']:.2f}", *cells)
         )
-    table("Perplexity", ("corpus", "windows", "compressed", "dense", "ratio"), rows)
-    first = result["results"][0]["protocol"]
-    out.print(
-        f"Protocol: windows of {first['length']} tokens, stride {first['stride']}, joined by {first['join']!r}, "
-        f"BOS {first['bos']}, mean over {first['mean']}s, dtype {first['dtype']}, {first['device']}."
-    )
+    if rows:
+        table("Perplexity", ("corpus", "windows", "compressed", "dense", "ratio"), rows)
+        first = result["results"][0]["protocol"]
+        out.print(
+            f"Protocol: windows of {first['length']} tokens, stride {first['stride']}, joined by {first['join']!r}, "
+            f"BOS {first['bos']}, mean over {first['mean']}s, dtype {first['dtype']}, {first['device']}."
+        )
+    if result["tasks"]:
+        show_tasks(result["tasks"])
+
+
+def show_tasks(tasks: Sequence[dict[str, Any]]) -> None:
+    """Every metric of every task with its standard error."""
+    rows = []
+    for task in tasks:
+        for name, metric in task["metrics"].items():
+            beside = task.get("dense_metrics", {}).get(name)
+            documents = f"{task['protocol']['documents']} of {task['protocol']['documents_in_all']}"
+            rows.append((task["task"], documents, name, metric_text(metric), metric_text(beside)))
+    table("Tasks", ("task", "documents", "metric", "compressed", "dense"), rows)
+    first = tasks[0]["protocol"]
+    out.print(f"Protocol: {first['harness']}, dtype {first['dtype']}, {first['device']}, no chat template.")
+
+
+def metric_text(metric: dict[str, Any] | None) -> str:
+    if metric is None:
+        return "-"
+    error = f" ± {metric['stderr']:.4f}" if metric["stderr"] is not None else ""
+    return f"{metric['value']:.4f}{error}"
 
 
 def blocks_text(blocks: Sequence[int]) -> str:
