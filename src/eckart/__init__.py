@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from eckart.pipeline import compress, plan, spectra
     from eckart.plans import Plan
     from eckart.recipes import Recipe
+    from eckart.speed import bench
     from eckart.types import Budget
 
 _HOME = {
@@ -44,6 +45,7 @@ _HOME = {
     "Plan": "plans",
     "Recipe": "recipes",
     "UserError": "errors",
+    "bench": "speed",
     "compress": "pipeline",
     "convert": "conversion",
     "discover": "discovery",
@@ -72,6 +74,7 @@ __all__ = [
     "Recipe",
     "UserError",
     "__version__",
+    "bench",
     "compress",
     "convert",
     "discover",

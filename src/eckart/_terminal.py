@@ -167,6 +167,40 @@ def metric_text(metric: dict[str, Any] | None) -> str:
     return f"{metric['value']:.4f}{error}"
 
 
+def show_bench(result: dict[str, Any]) -> None:
+    """Speed of every batch, dense beside compressed and beside the limit; why it is slow where it is."""
+    rows = []
+    for row in result["rows"]:
+        for phase in ("prefill", "decode"):
+            found = row[phase]
+            spread = f"{found['speedup_low']:.2f}-{found['speedup_high']:.2f}"
+            rows.append(
+                (f"{phase}, batch {row['batch']}", f"{found['tokens_per_second']:,.1f}",
+                 f"{found['dense_tokens_per_second']:,.1f}", f"{found['speedup']:.2f}", spread, f"{found['limit']:.2f}",
+                 f"{found['of_limit']:.0%}", f"{found['limit_with_rest']:.2f}" if "limit_with_rest" in found else "-")
+            )  # fmt: skip
+        first = row["prefill"]
+        rows.append(
+            (f"first token, batch {row['batch']}", f"{first['seconds'] * 1e3:,.1f} ms",
+             f"{first['dense_seconds'] * 1e3:,.1f} ms", "", "", "", "", "")
+        )  # fmt: skip
+    heads = ("", "compressed", "dense", "speed-up", "quartiles", "limit", "of the limit", "limit with the rest")
+    table("Tokens per second", heads, rows)
+    peak = result["peak_bytes"]
+    if peak.get("compressed") and peak.get("dense"):
+        out.print(f"Peak memory: {peak['compressed'] / 1e6:,.0f} MB, dense {peak['dense'] / 1e6:,.0f} MB.")
+    out.print("Limit: multiply-adds (prefill) or bytes read (decode), dense over compressed; with the rest: as far")
+    out.print("as the time goes into products at all.")
+    out.print(
+        f"{result['engine']}, {result['dtype']}, {result['device']}, {result['threads']} threads, "
+        f"prompt {result['rows'][0]['prompt']}, median of {result['repeats']} turns."
+    )
+    if result["slower"]:
+        out.print(f"[bold]Slower than dense:[/bold] {', '.join(result['slower'])}.")
+    for reason in result["reasons"]:
+        out.print(f"- {reason}", markup=False)
+
+
 def blocks_text(blocks: Sequence[int]) -> str:
     """`0-29` for a run without gaps, else a count."""
     gapless = list(blocks) == list(range(blocks[0], blocks[-1] + 1))
