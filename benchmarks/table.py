@@ -1,4 +1,4 @@
-"""The README's table of results, generated from benchmarks/results/ and never typed.
+"""The README's tables of results, generated from benchmarks/results/ and never typed.
 
 python benchmarks/table.py          writes it
 python benchmarks/table.py --check  exits with 1 when the README is stale
@@ -8,10 +8,13 @@ import json
 import sys
 from pathlib import Path
 
+from bench_table import make_bench_table
+
 ROOT = Path(__file__).parents[1]
 KEEPS = (0.8, 0.6)
 BASELINES = ("svd", "asvd", "fwsvd", "svd-llm")
 BEGIN, END = "<!-- table: scripts/table writes it from benchmarks/results/ -->", "<!-- end of table -->"
+BENCH_BEGIN, BENCH_END = "<!-- bench: scripts/table writes it from benchmarks/results/ -->", "<!-- end of bench -->"
 
 
 def make_table(results: Path) -> str:
@@ -73,11 +76,16 @@ def cost_lines(runs: list[dict]) -> list[str]:
     ]
 
 
+def put(page: str, begin: str, end: str, content: str) -> str:
+    """The page with what stands between two marks replaced."""
+    head, rest = page.split(begin)
+    return head + begin + "\n" + content + end + rest.split(end)[1]
+
+
 def main() -> None:
-    readme = (ROOT / "README.md").read_text()
-    head, rest = readme.split(BEGIN)
-    tail = rest.split(END)[1]
-    fresh = head + BEGIN + "\n" + make_table(ROOT / "benchmarks" / "results") + END + tail
+    readme, results = (ROOT / "README.md").read_text(), ROOT / "benchmarks" / "results"
+    fresh = put(readme, BEGIN, END, make_table(results))
+    fresh = put(fresh, BENCH_BEGIN, BENCH_END, make_bench_table(results))
     if "--check" in sys.argv:
         sys.exit(0 if fresh == readme else "README.md: its table is stale; run scripts/table.")
     (ROOT / "README.md").write_text(fresh)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from eckart.data import load_windows
     from eckart.discovery import Layout, discover
     from eckart.errors import EckartError, NumericalError, UserError
+    from eckart.exporting import export
     from eckart.inspection import inspect, methods
     from eckart.ledger import Ledger
     from eckart.linear import FactorizedLinear
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from eckart.plans import Plan
     from eckart.recipes import Recipe
     from eckart.reporting import report
+    from eckart.speed import bench
     from eckart.types import Budget
 
 _HOME = {
@@ -48,11 +50,13 @@ _HOME = {
     "Plan": "plans",
     "Recipe": "recipes",
     "UserError": "errors",
+    "bench": "speed",
     "compare": "comparison",
     "compress": "pipeline",
     "convert": "conversion",
     "discover": "discovery",
     "evaluate": "measure",
+    "export": "exporting",
     "inspect": "inspection",
     "load": "checkpoint",
     "load_windows": "data",
@@ -77,11 +81,13 @@ __all__ = [
     "Recipe",
     "UserError",
     "__version__",
+    "bench",
     "compare",
     "compress",
     "convert",
     "discover",
     "evaluate",
+    "export",
     "inspect",
     "load",
     "load_windows",

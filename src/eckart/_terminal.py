@@ -147,7 +147,7 @@ def show_drift(drift: dict[str, Any]) -> None:
 
 
 def show_results(result: dict[str, Any]) -> None:
-    """Perplexity on every corpus, dense beside compressed, with the protocol under it."""
+    """Perplexity on every corpus and the metrics of every task, dense beside compressed, with the protocols."""
     rows = []
     for row in result["results"]:
         dense = row.get("dense_perplexity")
@@ -155,12 +155,69 @@ def show_results(result: dict[str, Any]) -> None:
         rows.append(
             (row["data"], f"{row['windows']} x {row['protocol']['length']}", f"{row['perplexity']:.2f}", *cells)
         )
-    table("Perplexity", ("corpus", "windows", "compressed", "dense", "ratio"), rows)
-    first = result["results"][0]["protocol"]
+    if rows:
+        table("Perplexity", ("corpus", "windows", "compressed", "dense", "ratio"), rows)
+        first = result["results"][0]["protocol"]
+        out.print(
+            f"Protocol: windows of {first['length']} tokens, stride {first['stride']}, joined by {first['join']!r}, "
+            f"BOS {first['bos']}, mean over {first['mean']}s, dtype {first['dtype']}, {first['device']}."
+        )
+    if result["tasks"]:
+        show_tasks(result["tasks"])
+
+
+def show_tasks(tasks: Sequence[dict[str, Any]]) -> None:
+    """Every metric of every task with its standard error."""
+    rows = []
+    for task in tasks:
+        for name, metric in task["metrics"].items():
+            beside = task.get("dense_metrics", {}).get(name)
+            documents = f"{task['protocol']['documents']} of {task['protocol']['documents_in_all']}"
+            rows.append((task["task"], documents, name, metric_text(metric), metric_text(beside)))
+    table("Tasks", ("task", "documents", "metric", "compressed", "dense"), rows)
+    first = tasks[0]["protocol"]
+    out.print(f"Protocol: {first['harness']}, dtype {first['dtype']}, {first['device']}, no chat template.")
+
+
+def metric_text(metric: dict[str, Any] | None) -> str:
+    if metric is None:
+        return "-"
+    error = f" ± {metric['stderr']:.4f}" if metric["stderr"] is not None else ""
+    return f"{metric['value']:.4f}{error}"
+
+
+def show_bench(result: dict[str, Any]) -> None:
+    """Speed of every batch, dense beside compressed and beside the limit; why it is slow where it is."""
+    rows = []
+    for row in result["rows"]:
+        for phase in ("prefill", "decode"):
+            found = row[phase]
+            spread = f"{found['speedup_low']:.2f}-{found['speedup_high']:.2f}"
+            rows.append(
+                (f"{phase}, batch {row['batch']}", f"{found['tokens_per_second']:,.1f}",
+                 f"{found['dense_tokens_per_second']:,.1f}", f"{found['speedup']:.2f}", spread, f"{found['limit']:.2f}",
+                 f"{found['of_limit']:.0%}", f"{found['limit_with_rest']:.2f}" if "limit_with_rest" in found else "-")
+            )  # fmt: skip
+        first = row["prefill"]
+        rows.append(
+            (f"first token, batch {row['batch']}", f"{first['seconds'] * 1e3:,.1f} ms",
+             f"{first['dense_seconds'] * 1e3:,.1f} ms", "", "", "", "", "")
+        )  # fmt: skip
+    heads = ("", "compressed", "dense", "speed-up", "quartiles", "limit", "of the limit", "limit with the rest")
+    table("Tokens per second", heads, rows)
+    peak = result["peak_bytes"]
+    if peak.get("compressed") and peak.get("dense"):
+        out.print(f"Peak memory: {peak['compressed'] / 1e6:,.0f} MB, dense {peak['dense'] / 1e6:,.0f} MB.")
+    out.print("Limit: multiply-adds (prefill) or bytes read (decode), dense over compressed; with the rest: as far")
+    out.print("as the time goes into products at all.")
     out.print(
-        f"Protocol: windows of {first['length']} tokens, stride {first['stride']}, joined by {first['join']!r}, "
-        f"BOS {first['bos']}, mean over {first['mean']}s, dtype {first['dtype']}, {first['device']}."
+        f"{result['engine']}, {result['dtype']}, {result['device']}, {result['threads']} threads, "
+        f"prompt {result['rows'][0]['prompt']}, median of {result['repeats']} turns."
     )
+    if result["slower"]:
+        out.print(f"[bold]Slower than dense:[/bold] {', '.join(result['slower'])}.")
+    for reason in result["reasons"]:
+        out.print(f"- {reason}", markup=False)
 
 
 def show_comparison(made: dict[str, Any]) -> None:

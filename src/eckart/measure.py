@@ -1,4 +1,4 @@
-"""Perplexity with its whole protocol stated, dense beside compressed.
+"""Perplexity and tasks with their whole protocol stated, dense beside compressed.
 
 The protocol of the field (GPTQ, SVD-LLM, Basis Sharing): the test text joined and tokenised once,
 non-overlapping windows of 2048 tokens, the tail dropped, `length - 1` predictions in each window,
@@ -8,6 +8,7 @@ tail is kept as a shorter window and the mean is taken over the windows' means.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import exp
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.nn import functional as F
 
-from eckart import checkpoint, data, dtypes
+from eckart import checkpoint, data, dtypes, tasks
 from eckart.errors import NumericalError, OptionError
 from eckart.progress import Progress, silent, track
 from eckart.provenance import versions
@@ -77,7 +78,10 @@ def evaluate(
     model: "str | Path | PreTrainedModel",
     *,
     against: "str | Path | PreTrainedModel | None" = None,
-    data_specs: Sequence[str] = ("wikitext2",),
+    data_specs: Sequence[str] | None = None,
+    task_names: Sequence[str] = (),
+    include_path: str | Path | None = None,
+    limit: int | None = None,
     windows: int | None = None,
     length: int = 2048,
     seed: int | None = None,
@@ -89,14 +93,21 @@ def evaluate(
     dtype: str = "auto",
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Measure a model, and the dense one beside it, on every corpus with one protocol.
+    """Measure a model, and the dense one beside it, on every corpus and task with one protocol.
 
-    `windows` None means the whole text. Returns plain data: `results[i]` holds the corpus,
-    `perplexity`, `dense_perplexity` (with `against`), and the protocol with the hash of the token
-    ids. Raises `OptionError` when the two models' tokenizers disagree.
+    `data_specs` None means `wikitext2`, or no text when there are tasks. `task_names` are those of the LM
+    Evaluation Harness, or `papers` for the seven of the papers; `include_path` is a folder with more tasks
+    as YAML, `limit` the most documents of each. `windows` None means the whole text. Returns plain data:
+    `results[i]` holds the corpus, `perplexity`, `dense_perplexity` (with `against`), and the protocol
+    with the hash of the token ids; `tasks[i]` the task, `metrics`, `dense_metrics` and the protocol;
+    `provenance` what the checkpoint says of how it was made. Raises `OptionError` for an unknown option
+    or task, or a missing extra `eval`, and `DataError` when data cannot be had.
     """
     if mean not in ("token", "window"):
         raise OptionError(f"mean is {mean!r}, but must be 'token' or 'window'.")
+    run = tasks.make_run(task_names, include_path, limit)
+    if data_specs is None:
+        data_specs = () if run.names else ("wikitext2",)
     tokenizer = tokenizer or checkpoint.load_tokenizer(_path(model))
     corpora = [
         data.load_windows(
@@ -104,39 +115,57 @@ def evaluate(
         )
         for spec in data_specs
     ]
-    measured = [_measure(model, corpora, mean, device, dtype, progress, "measure")]
-    if against is not None:
-        measured.append(_measure(against, corpora, mean, device, dtype, progress, "measure dense"))
-    dtypes_used = [computed for _, computed in measured]
-    protocol = {"mean": mean, "stride": length, "dtype": dtypes_used[0], "device": device}
-    if len(set(dtypes_used)) > 1:
-        protocol["dense_dtype"] = dtypes_used[1]
+    measure = partial(_measure, corpora=corpora, run=run, tokenizer=tokenizer, mean=mean, device=device, dtype=dtype)
+    measured = measure(model, progress=progress, stage="measure")
+    dense = None if against is None else measure(against, progress=progress, stage="measure dense")
+    protocol = {"mean": mean, "stride": length, "dtype": measured.dtype, "device": device}
+    if dense is not None and dense.dtype != measured.dtype:
+        protocol["dense_dtype"] = dense.dtype
     results = []
     for number, (spec, corpus) in enumerate(zip(data_specs, corpora, strict=True)):
-        row = {"data": spec, **_figures(measured[0][0][number])}
-        if against is not None:
-            row |= {f"dense_{key}": value for key, value in _figures(measured[1][0][number]).items()}
+        row = {"data": spec, **_figures(measured.perplexities[number])}
+        if dense is not None:
+            row |= {f"dense_{key}": value for key, value in _figures(dense.perplexities[number]).items()}
         results.append({**row, "protocol": {**protocol, **corpus.recipe.to_dict()}})
+    task_rows = []
+    for number, task in enumerate(measured.tasks):
+        beside = {} if dense is None else {"dense_metrics": dense.tasks[number]["metrics"]}
+        computed = {key: value for key, value in protocol.items() if key.endswith(("dtype", "device"))}
+        task_rows.append({**task, **beside, "protocol": {**computed, **task["protocol"]}})
     return {
         "format": "eckart-eval",
         "version": 1,
         "model": _label(model),
         "against": None if against is None else _label(against),
         "results": results,
+        "tasks": task_rows,
+        "provenance": _provenance(model),
         "versions": versions(),
     }
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """The figures of one model on every corpus and task, and the dtype it computed in."""
+
+    perplexities: list[Perplexity]
+    tasks: list[dict[str, Any]]
+    dtype: str
+
+
 def _measure(
     model: "str | Path | PreTrainedModel",
+    *,
     corpora: Sequence[data.Windows],
+    run: tasks.TaskRun,
+    tokenizer: "PreTrainedTokenizerBase",
     mean: Mean,
     device: str,
     dtype: str,
     progress: Progress,
     stage: str,
-) -> tuple[list[Perplexity], str]:
-    """Load the model if it is a name, measure every corpus, let it go; the figures and the computing dtype."""
+) -> _Measured:
+    """Load the model if it is a name, measure every corpus and task, let it go."""
     if isinstance(model, str | Path):
         loaded = checkpoint.load_model(str(model), device=device)
         dtypes.cast_(loaded, dtypes.named(dtype) or dtypes.compute_dtype(loaded.dtype, loaded.device))
@@ -150,7 +179,13 @@ def _measure(
         if mean == "window" and len(corpus.tail) > 1:
             pieces.append(corpus.tail)
         results.append(perplexity(loaded, pieces, mean=mean, progress=progress, stage=stage))
-    return results, str(next(loaded.parameters()).dtype).removeprefix("torch.")
+    made = tasks.run_tasks(run, loaded, tokenizer) if run.names else []
+    return _Measured(results, made, str(next(loaded.parameters()).dtype).removeprefix("torch."))
+
+
+def _provenance(model: "str | Path | PreTrainedModel") -> dict[str, Any]:
+    """What the checkpoint says of how it was made; empty for a dense model or one in memory."""
+    return checkpoint.read_provenance(model) if isinstance(model, str | Path) and Path(model).is_dir() else {}
 
 
 def _figures(result: Perplexity) -> dict[str, float]:

@@ -1,5 +1,6 @@
-"""`eckart eval`: perplexity, dense beside compressed."""
+"""`eckart eval`: perplexity and tasks, dense beside compressed."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -7,14 +8,23 @@ import typer
 import eckart
 from eckart import _terminal as terminal
 from eckart._cli.app import app, print_json
-from eckart._cli.options import Bos, Datas, Device, Join, Json, Length, Model, Seed, unescape
+from eckart._cli.options import Bos, Device, Join, Json, Length, Model, Seed, unescape
 
 
 @app.command(name="eval")
 def evaluate(
     model: Model,
     against: Annotated[str | None, typer.Option(help="The dense model, measured beside it.")] = None,
-    data: Datas = ["wikitext2"],  # noqa: B006
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Text to measure on; repeat for several corpora. wikitext2 if there is no --tasks either."),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of the LM Evaluation Harness: a,b,c, or papers for the seven of the papers."),
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with more tasks, as the harness's YAML.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many documents of each task.")] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="Windows per corpus; the whole text without it.")] = None,
     length: Length = 2048,
     seed: Seed = None,
@@ -27,15 +37,18 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="Computing dtype: auto, float32, bfloat16, float16.")] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Perplexity, dense beside compressed, under one stated protocol.
+    """Perplexity and tasks, dense beside compressed, under one stated protocol.
 
-    Example: `eckart eval DIR --against MODEL --data wikitext2 --data python-docs`
+    Example: `eckart eval DIR --against MODEL --data wikitext2 --data python-docs --tasks papers`
     """
     with terminal.progress_bars(quiet=as_json) as progress:
         result = eckart.evaluate(
             model,
             against=against,
-            data_specs=data,
+            data_specs=data or None,
+            task_names=[name.strip() for name in tasks.split(",")] if tasks else (),
+            include_path=include_path,
+            limit=limit,
             windows=windows,
             length=length,
             seed=seed,

@@ -29,7 +29,6 @@ Data = Annotated[
         "file, python-docs, self, or a mixture with counts (wikitext2:64,c4:64)."
     ),
 ]
-Datas = Annotated[list[str], typer.Option("--data", help="Text to measure on; repeat for several corpora.")]
 Windows = Annotated[int, typer.Option(min=1, help="Windows of text.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
 Seed = Annotated[int | None, typer.Option(help="Take windows at random with this seed; without it, from the start.")]
