@@ -3,10 +3,10 @@
     python benchmarks/duo_svd.py MODEL CALIBRATION.txt TEST.txt --keep 0.8 --measured 0.5,1.0
 
 Calibrates on the first 32 windows of 512 tokens, measures sensitivity on the first 4 of them cut to
-128 tokens, perplexity on the first 8 windows of 512 of the test text. One sweep and one decomposition
-of each module serve all rows. Rows and sensitivities are written as they come; a second run measures
-only what is missing, after a kill too. `--measured` names fewer shares than the ten of the paper; the
-fitted curve stands in for the others. `--plot` draws predicted against measured KL.
+128 tokens, perplexity on the first 8 windows of 512 of the test text and of python-docs. One sweep and
+one decomposition of each module serve all rows. Rows and sensitivities are written as they come; a
+second run measures only what is missing, after a kill too. `--measured` names fewer shares than the
+ten of the paper; the fitted curve stands in for the others. `--plot` draws predicted against measured KL.
 """
 
 import argparse
@@ -45,10 +45,13 @@ class Bench:
     """A model decomposed once, and what is measured of it."""
 
     def __init__(self, model: str, calibration: str, test: str, out: Path) -> None:
-        self.out, self.report = out, json.loads(out.read_text()) if out.exists() else {"rows": {}, "plans": {}}
+        self.out, self.report = out, json.loads(out.read_text()) if out.exists() else {"rows": {}}
         self.model, tokenizer = checkpoint.load_model(model), checkpoint.load_tokenizer(model)
         self.windows = load_windows(calibration, tokenizer, windows=32, length=512)
-        self.test = load_windows(test, tokenizer, windows=8, length=512, purpose="evaluation")
+        self.tests = {
+            name: load_windows(spec, tokenizer, windows=8, length=512, purpose="evaluation").ids
+            for name, spec in (("perplexity", test), ("perplexity_python_docs", "python-docs"))
+        }
         self.short = self.windows.ids[:4, :128]
         self.layout: Layout = discover(self.model)
         self.groups = [Group((target,)) for target in self.layout.targets]
@@ -64,15 +67,15 @@ class Bench:
 
     def curves(self, keep: float, measured: Sequence[float], work: Path) -> Curves:
         tokens = self.windows.recipe.to_dict()
-        start, first = time.perf_counter(), True
+        start, run = time.perf_counter(), {"evaluations": 0, "seconds": 0.0}
+        self.report.setdefault("sensitivity", {}).setdefault(str(keep), []).append(run)
 
         def progress(stage: str, done: int, total: int) -> None:
-            nonlocal first
-            if first or done % 20 == 0:
-                spent = time.perf_counter() - start
-                left = f", {spent / done * (total - done):.0f} s left" if done else ""
-                print(f"{stage} {done}/{total}, {spent:.0f} s{left}", flush=True)
-            first = False
+            run.update(evaluations=done, seconds=round(time.perf_counter() - start, 1))
+            if done % 20 == 0:
+                left = f", {run['seconds'] / done * (total - done):.0f} s left" if done else ""
+                print(f"{stage} {done}/{total}, {run['seconds']:.0f} s{left}", flush=True)
+                write_text(self.out, json.dumps(self.report, indent=1) + "\n")
 
         depends = {
             "factorizer": describe("SVDLLM", SVDLLM()),
@@ -101,7 +104,7 @@ class Bench:
         parameters = self.layout.parameters
         row: dict[str, Any] = {"keep_reached": make_ledger(self.groups, settled, parameters, 4).keep, "kl": self.kl()}
         if measure_perplexity:
-            row["perplexity"] = perplexity(self.model, list(self.test.ids)).value
+            row |= {corpus: perplexity(self.model, list(ids)).value for corpus, ids in self.tests.items()}
         row |= {"seconds_settle": seconds, "split": sum(bool(e.kept) for e in settled), **more}
         row["columns_kept"] = sum(e.kept or 0 for e in settled)
         row["dense_modules"] = sum(e.rank is None for e in settled)

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from eckart.blocks import open_stream
 from eckart.decomposing import decompose
 from eckart.discovery import discover
 from eckart.factorizers.svd_llm import SVDLLM
 from eckart.linear import factorize_
 from eckart.sensitivity import Curves, candidate_rank, measure_curves
-from eckart.testing import tiny_models
+from eckart.tail_divergence import TailDivergence
+from eckart.testing import tiny_model, tiny_models
 from eckart.types import Group
 
 SHARES = (0.3, 0.8, 1.0)
@@ -56,7 +58,7 @@ def naive(family: str, changed: dict[str, float], target: float = 0.6) -> float:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma3"])
 def test_equal_to_the_naive_evaluation(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eckart.tail_divergence.CHUNK_ELEMENTS", 128 * 3 * 5)  # 5 positions at a time
-    monkeypatch.setattr("eckart.tail_divergence.KEPT_ELEMENTS", 128 * 3 * 8)  # one chunk of the reference and no more
+    monkeypatch.setattr("eckart.head_divergence.SLICE_ELEMENTS", 32 * 30)  # 30 of the vocabulary at a time
     monkeypatch.setattr("eckart.sensitivity.BATCH_TOKENS", 32)  # two batches
     model, layout, made = setting(family)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -68,6 +70,31 @@ def test_equal_to_the_naive_evaluation(family: str, tmp_path: Path, monkeypatch:
         assert sorted(curves.losses[name]) == [0.3, 0.6, 0.8, 1.0]
         for share, loss in curves.losses[name].items():
             assert loss == pytest.approx(naive(family, {name: share}), rel=1e-5), (name, share)
+
+
+@torch.no_grad()
+def test_a_capped_head_is_seen_and_compared_all_the_same() -> None:
+    """Gemma 2 caps its logits, so they are not those of a linear head; a small cap changes every number."""
+    options = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 8}
+
+    def run(model: Any, layout: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        last: list[torch.Tensor] = []
+        hook = layout.block_list(model)[-1].register_forward_hook(lambda _block, _inputs, output: last.append(output))
+        logits = model(windows()).logits.double().log_softmax(-1)
+        hook.remove()
+        return logits, last[0]
+
+    for cap in (None, 1.0):
+        model = tiny_model("Gemma2", **options, final_logit_softcapping=cap)
+        layout = discover(model)
+        stream = open_stream(model, layout.block_list(model), [windows()])
+        expected, final = run(model, layout)
+        divergence = TailDivergence(model, layout.block_list(model), stream, [final])
+        assert (divergence.head is None) == (cap is not None)
+        model.get_submodule(layout.targets[-1].name).weight[:, ::2] = 0
+        found, final = run(model, layout)
+        kl = float((expected.exp() * (expected - found)).sum() / len(windows()))
+        assert divergence([final]) == pytest.approx(kl, rel=1e-5)
 
 
 def test_a_second_run_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

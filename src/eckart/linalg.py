@@ -157,6 +157,10 @@ class Decomposition:
             assert self.metric.right is not None
             basis = self.metric.right.times_root_inverse(vectors.T)
             coefficients = self.weight.double() @ self.metric.right.times_root_transposed(vectors.T).T
+            if self.metric.left is IDENTITY:  # U S already, up to rounding: only its columns' lengths are left to share
+                lengths = coefficients.norm(dim=0).clamp(min=torch.finfo(coefficients.dtype).tiny)
+                factors = basis * lengths[:, None], coefficients / lengths
+                return factors[0].to(self.weight.dtype), factors[1].to(self.weight.dtype)
         coefficients, triangle = torch.linalg.qr(coefficients)
         return (triangle @ basis).to(self.weight.dtype), coefficients.to(self.weight.dtype)
 

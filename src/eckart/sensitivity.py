@@ -10,7 +10,6 @@ share that is the resting one is not run at all; and results are journalled as t
 interrupted run resumes. Cost: one evaluation runs half the model on average and its head once.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,15 +23,15 @@ from eckart import ledger
 from eckart.blocks import Stream, open_stream, split_batches
 from eckart.discovery import Layout
 from eckart.factorizers.base import GroupDecomposition
-from eckart.journal import Journal, fingerprint
 from eckart.linear import factorize_, swap_
 from eckart.progress import Progress, silent
-from eckart.tail_divergence import Kept, divergences
+from eckart.tail_divergence import TailDivergence
 from eckart.types import Group
+from eckart.work import Journal, fingerprint, state_of
 
 Tensor = torch.Tensor
 
-VERSION = 1  # of the algorithm: a change that changes its numbers makes old journals void
+VERSION = 2  # of the algorithm: a change that changes its numbers makes old journals void
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 BATCH_TOKENS = 2048
 
@@ -91,9 +90,8 @@ def measure_curves(
             **depends,
             "format": "eckart-sensitivity",
             "version": VERSION,
-            "weights": fingerprint(model),
-            "windows": hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest(),
-            "length": windows.shape[1],
+            "weights": fingerprint({}, state_of(model)),
+            "windows": fingerprint({}, [("windows", windows)]),
             "target": target,
             "groups": [d.group.names for d in decompositions.values()],
         },
@@ -119,8 +117,6 @@ class _Walk:
         self.model, self.blocks = model, layout.block_list(model)
         self.decompositions, self.journal, self.target = decompositions, journal, target
         self.known = {(row["group"], row["share"]): row["kl"] for row in journal.rows}
-        self.reference: list[Tensor] = []
-        self.kept: Kept = {}
         self.dense: dict[str, nn.Module] = {}  # what a swapped module replaced first
 
     def run(self, windows: Tensor, wanted: Mapping[str, Sequence[float]], progress: Progress) -> None:
@@ -129,64 +125,39 @@ class _Walk:
         missing = [pair for pair in pairs if pair not in self.known and pair[1] != self.target]
         if missing or ("", self.target) not in self.known:
             stream = open_stream(self.model, self.blocks, split_batches(windows, BATCH_TOKENS))
-            entrances = list(stream.hidden)
-            self.reference = [self._finish(stream, i, hidden, 0) for i, hidden in enumerate(entrances)]
+            divergence = TailDivergence(self.model, self.blocks, stream, self._finals(stream))
             with self._at(dict.fromkeys(self.decompositions, self.target)):
-                self._walk(stream, missing, progress)
+                self._walk(stream, divergence, missing, progress)
         for pair in pairs:
             if pair[1] == self.target:
                 self.known[pair] = self.known["", self.target]
 
-    def _walk(self, stream: Stream, missing: Sequence[tuple[str, float]], progress: Progress) -> None:
-        done, total = 0, len(missing)
+    def _walk(
+        self, stream: Stream, divergence: TailDivergence, missing: Sequence[tuple[str, float]], progress: Progress
+    ) -> None:
+        """Take the resting model's states from block to block; at each, measure the groups that begin there."""
+        done = 0
         for index, block in enumerate(self.blocks):
-            here = [pair for pair in missing if self._first_block(pair[0]) == index]
-            for name in dict.fromkeys(name for name, _ in here):
-                shares = [share for other, share in here if other == name]
-                self._measure(stream, index, name, shares, done, total, progress)
-                done += len(shares)
+            for name, share in missing:
+                if self._first_block(name) == index:
+                    progress("sensitivity", done, len(missing))
+                    with self._at({name: share}):
+                        self._record(name, share, divergence(self._finals(stream)))
+                    done += 1
             for number, hidden, call in stream.inputs():
                 stream.hidden[number] = call.run(block, hidden)
             stream.position += 1
         if ("", self.target) not in self.known:
-            self._record("", self.target, self._compare(stream, [list(stream.hidden)])[0])
+            self._record("", self.target, divergence(stream.hidden))
+        progress("sensitivity", done, len(missing))
 
-    def _measure(
-        self,
-        stream: Stream,
-        index: int,
-        name: str,
-        shares: Sequence[float],
-        done: int,
-        total: int,
-        progress: Progress,
-    ) -> None:
-        """All shares of one group: the suffix for each, then one comparison for all."""
-        finals = []
-        for number, share in enumerate(shares):
-            progress("sensitivity", done + number, total)
-            with self._at({name: share}):
-                finals.append([self._finish(stream, i, hidden, index) for i, hidden in enumerate(stream.hidden)])
-        for share, value in zip(shares, self._compare(stream, finals), strict=True):
-            self._record(name, share, value)
-        progress("sensitivity", done + len(shares), total)
-
-    def _finish(self, stream: Stream, batch: int, hidden: Tensor, start: int) -> Tensor:
-        """Hidden states after the last block, from those before block `start`."""
-        for index in range(start, len(self.blocks)):
-            hidden = stream.calls[batch][index].run(self.blocks[index], hidden)
-        return hidden
-
-    def _compare(self, stream: Stream, finals: Sequence[Sequence[Tensor]]) -> list[float]:
-        """KL of each candidate, from its hidden states of each batch: per window."""
-        totals = [0.0] * len(finals)
-        for batch, reference in enumerate(self.reference):
-            candidates = [final[batch] for final in finals]
-            for number, value in enumerate(
-                divergences(self.model, self.blocks, stream, batch, reference, candidates, self.kept)
-            ):
-                totals[number] += value
-        return [total / sum(len(batch) for batch in stream.batches) for total in totals]
+    def _finals(self, stream: Stream) -> list[Tensor]:
+        """Hidden states after the last block, from those where the stream stands."""
+        finals = list(stream.hidden)
+        for batch, calls in enumerate(stream.calls):
+            for index in range(stream.position, len(self.blocks)):
+                finals[batch] = calls[index].run(self.blocks[index], finals[batch])
+        return finals
 
     def _record(self, name: str, share: float, value: float) -> None:
         rank = candidate_rank(self.decompositions[name].group, share) if name else None

@@ -1,10 +1,11 @@
-"""Work that survives a kill: finished pieces in a folder, found again only by a run that is the same.
+"""Work that survives a kill, found again only by a run that is the same.
 
-    DIR/<stage>-<key>/<piece>.safetensors, <piece>.json
+    DIR/<stage>-<key>/<piece>.safetensors, <piece>.json     pieces: tensors and notes
+    DIR/<stage>-<key>.jsonl                                 a journal: many small results
 
-The key is a hash of everything the piece depends on, so that changed options start anew beside the old
+The key is a hash of everything the work depends on, so that changed options start anew beside the old
 work and two configurations never mix. A piece exists when its JSON does, which is renamed into place
-last. The folder may be deleted once the checkpoint is written.
+last; a result when its line is whole. The folder may be deleted once the checkpoint is written.
 """
 
 import hashlib
@@ -73,3 +74,38 @@ class WorkFolder:
             partial.unlink(missing_ok=True)
             raise output_error(path, error) from None
         write_text(self.folder / f"{piece}.json", json.dumps({"tensors": len(tensors), "notes": dict(notes)}) + "\n")
+
+
+class Journal:
+    """Small results as JSON lines, each on the disk before the next is begun.
+
+    `rows` holds what is there. The first line says what the rows depend on; a line that was cut off by
+    a crash is dropped. Raises `OutputError` when the file cannot be written.
+    """
+
+    def __init__(self, folder: Path, stage: str, depends: Mapping[str, Any]) -> None:
+        self.path = folder / f"{stage}-{fingerprint(depends)[:16]}.jsonl"
+        head = json.loads(json.dumps(depends))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            text = self.path.read_bytes() if self.path.exists() else b""
+            whole = text[: text.rfind(b"\n") + 1]
+            lines = [json.loads(line) for line in whole.splitlines()]
+            if lines[:1] != [head]:  # new, or cut off within its first line
+                self.path.write_bytes((json.dumps(head) + "\n").encode())
+            elif len(whole) < len(text):
+                os.truncate(self.path, len(whole))
+        except OSError as error:
+            raise output_error(self.path, error) from None
+        self.rows: list[dict[str, Any]] = lines[1:]
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append one row."""
+        try:
+            with self.path.open("ab") as file:
+                file.write((json.dumps(row) + "\n").encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise output_error(self.path, error) from None
+        self.rows.append(row)
