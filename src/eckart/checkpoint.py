@@ -6,7 +6,7 @@ or that does not fit, is an error here, where transformers would warn and draw i
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from eckart import card, files, portable, pretrained
+from eckart import card, files, portable, pretrained, spectra_file
 from eckart.errors import CheckpointError, ModelError, PlanError
 from eckart.plans import Plan
 from eckart.pretrained import CONFIG
@@ -33,13 +33,15 @@ def save(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     plan: Plan | None = None,
     provenance: Mapping[str, Any] | None = None,
+    spectra: Sequence[Mapping[str, Any]] = (),
     max_shard_size: str = "5GB",
 ) -> None:
     """Write a checkpoint to a new folder, whole or not at all, with the code that reads it and a model card.
 
-    `provenance` is JSON data; the sizes and hashes of the weight files are added to it, and the
-    versions in use where it has none. The model is left ready for its own `save_pretrained`. Raises
-    `PlanError` when the plan is not what the model is, `OutputError` when the folder cannot be written.
+    `spectra` are summaries of `eckart.density`, for reports. `provenance` is JSON data; the sizes and hashes
+    of the weight files are added to it, and the versions in use where it has none. The model is left ready
+    for its own `save_pretrained`. Raises `PlanError` when the plan is not what the model is, `OutputError`
+    when the folder cannot be written.
     """
     from eckart import hf
 
@@ -58,6 +60,7 @@ def save(
             tokenizer.save_pretrained(partial)
         if plan is not None:
             _write_json(partial / PLAN, plan.to_dict())
+        spectra_file.write(partial, spectra)
         written = {path.name: _fingerprint(path) for path in sorted(partial.glob("*.safetensors"))}
         told = {"versions": versions(), **(provenance or {}), "files": written}
         _write_json(partial / PROVENANCE, told)

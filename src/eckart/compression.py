@@ -30,7 +30,10 @@ class Calibration:
 
 @dataclass
 class Compression:
-    """What a run made. `seconds` holds the wall time of each stage; it is not saved with the model."""
+    """What a run made. `seconds` holds the wall time of each stage; it is not saved with the model.
+
+    `spectra` holds a `density.summary` of every group that was decomposed.
+    """
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
@@ -39,7 +42,9 @@ class Compression:
     ledger: Ledger
     provenance: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
+    spectra: list[dict[str, Any]] = field(default_factory=list)
 
     def save(self, folder: str | Path) -> None:
         """Write the checkpoint; raises `OutputError` and leaves nothing behind if it cannot."""
-        checkpoint.save(self.model, folder, tokenizer=self.tokenizer, plan=self.plan, provenance=self.provenance)
+        parts = {"tokenizer": self.tokenizer, "plan": self.plan, "provenance": self.provenance}
+        checkpoint.save(self.model, folder, **parts, spectra=self.spectra)

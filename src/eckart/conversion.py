@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from eckart import checkpoint, files, hf, ledger
+from eckart import checkpoint, files, hf, ledger, spectra_file
 from eckart.discovery import Layout, discover
 from eckart.errors import OptionError
 from eckart.ledger import Ledger
@@ -49,7 +49,8 @@ def convert(folder: str | Path, *, storage: str, out: str | Path, progress: Prog
     layout = discover(skeleton)
     plan, reached = _plan(checkpoint.read_plan(folder), model, layout)
     provenance = {**checkpoint.read_provenance(folder), "converted_to": storage, "ledger": reached.to_dict()}
-    checkpoint.save(model, out, tokenizer=tokenizer, plan=plan, provenance=provenance)
+    spectra = spectra_file.read(folder)
+    checkpoint.save(model, out, tokenizer=tokenizer, plan=plan, provenance=provenance, spectra=spectra)
     return Conversion(reached, len(names), left)
 
 

@@ -42,6 +42,8 @@ def rank_at_95(values: Tensor) -> float:
     return float((energy < 0.95 * energy[-1]).sum() + 1)
 
 
+POINTS = 24  # of a curve in a summary
+
 MEASURES: dict[str, Callable[[Tensor], float]] = {
     measure.__name__: measure for measure in (energy_effective_rank, effective_rank, stable_rank, rank_at_95)
 }
@@ -53,6 +55,21 @@ def describe(spectrum: Spectrum) -> dict[str, Any]:
     shape = {"out": group.out_features, "in": group.in_features, "full_rank": group.full_rank}
     densities = {name: round(measure(spectrum.values), 3) for name, measure in MEASURES.items()}
     return {"targets": list(group.names), "kind": group.kind, **shape, **densities}
+
+
+def summary(spectrum: Spectrum) -> dict[str, Any]:
+    """What a checkpoint keeps of a spectrum: `describe`, and few points of how its error falls with rank.
+
+    `lost` is `[[rank, share], ...]`: the share of the energy (squared error in the metric) that a cut at
+    that rank loses, from 1 at rank 0 to 0 at full rank, about `POINTS` ranks closer together where they
+    are low. `energy_nats` is the loss that losing all of it would cost, in nats per token, where the metric
+    can say: at any rank the predicted loss is `energy_nats * share`.
+    """
+    group, tails, energy = spectrum.group, spectrum.tails, spectrum.energy
+    ranks = sorted({round(group.full_rank * (i / POINTS) ** 2) for i in range(POINTS + 1)})
+    lost = [[rank, float(f"{float(tails[rank]) / energy if energy else 0.0:.4g}")] for rank in ranks]
+    nats = {} if spectrum.nats is None else {"energy_nats": float(f"{spectrum.nats * energy:.6g}")}
+    return {**describe(spectrum), **nats, "lost": lost}
 
 
 def with_density(entry: Entry, spectrum: Spectrum) -> Entry:

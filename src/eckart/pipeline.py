@@ -11,6 +11,7 @@ from eckart.compression import Calibration, Compression
 from eckart.goals import Goal
 from eckart.plans import Plan
 from eckart.progress import Progress, silent
+from eckart.provenance import compress_command
 from eckart.recipes import Recipe
 from eckart.run import Run
 from eckart.types import Spectrum
@@ -66,7 +67,19 @@ def compress(
     if out is not None:
         files.check_space(Path(out), run.ledger(made).model_bytes_kept)
     run.carry_out(made)
-    result = run.result(made)
+    asked = {**goal.to_dict(), **({"rank_multiple": rank_multiple} if rank_multiple > 1 else {})}
+    command = compress_command(
+        run.source,
+        recipe=recipe.name if isinstance(recipe, Recipe) else recipe,
+        goal=asked if plan is None else {"plan": "plan.json" if isinstance(plan, Plan) else plan},
+        calibration=run.calibration if run.windows is not None else None,
+        options=options or {},
+        include=include,
+        exclude=exclude,
+        device=device,
+        dtype=dtype,
+    )
+    result = run.result(made, command)
     if out is not None:
         with run.timed("save"):
             result.save(out)

@@ -17,7 +17,7 @@ from eckart.compression import Calibration, Compression
 from eckart.correction import Correction, corrected
 from eckart.decomposing import decompose, factorize_group_
 from eckart.demo_assets import cache_folder
-from eckart.density import with_density
+from eckart.density import summary, with_density
 from eckart.discovery import check_finite, discover
 from eckart.errors import OptionError
 from eckart.factorizers.base import GroupDecomposition
@@ -85,6 +85,7 @@ class Run:
         self.held_out: HeldOut | None = None
         self.measured_kl: float | None = None
         self.decompositions: dict[str, GroupDecomposition] = {}
+        self.summaries: list[dict[str, Any]] = []
         self.notes: list[dict[str, Any]] = []
 
     @contextmanager
@@ -229,6 +230,7 @@ class Run:
             self.decompositions = decompose(
                 self.model, self.layout, groups, self.factorizer, ids, progress=self.progress
             )
+            self.summaries = [summary(made.spectrum) for made in self.decompositions.values()]
 
     def _token_windows(self) -> Tensor:
         """The calibration windows, read once; `[windows, length]` token ids on the model's device."""
@@ -279,16 +281,18 @@ class Run:
             with self.timed("probe"):
                 self.measured_kl = self.held_out.kl()
 
-    def result(self, plan: Plan) -> Compression:
+    def result(self, plan: Plan, command: str) -> Compression:
         provenance = make_provenance(
             source=self.source,
             model=self.model,
             recipe=self.recipe.to_dict(),
             calibration=None if self.windows is None else self.windows.recipe.to_dict(),
             ledger=self.ledger(plan).to_dict(),
+            command=command,
         )
         provenance |= {"refinement": self.notes} if self.notes else {}
         if self.held_out is not None:
             provenance["kl"] = {"measured": self.measured_kl, "predicted": plan.reached.get("predicted_kl")}
             provenance["kl"] |= self.held_out.to_dict()
-        return Compression(self.model, self.tokenizer, self.layout, plan, self.ledger(plan), provenance, self.seconds)
+        made = (self.model, self.tokenizer, self.layout, plan, self.ledger(plan), provenance, self.seconds)
+        return Compression(*made, self.summaries)
