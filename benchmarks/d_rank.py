@@ -19,7 +19,7 @@ from torch import nn
 from eckart import checkpoint, recipes
 from eckart.data import load_windows
 from eckart.decomposing import decompose, factorize_group_
-from eckart.density import with_density
+from eckart.density import with_figures
 from eckart.discovery import discover
 from eckart.ledger import make_ledger
 from eckart.linear import swap_, weight_view
@@ -99,7 +99,7 @@ class Bench:
         if only_kind is not None:
             uniform = recipes.find("basis-sharing").make_allocator().allocate(spectra, Budget(keep))
             entries = [e if e.name.endswith(only_kind) else u for e, u in zip(entries, uniform, strict=True)]
-        entries = [with_density(entry, spectrum) for entry, spectrum in zip(entries, spectra, strict=True)]
+        entries = [with_figures(entry, spectrum) for entry, spectrum in zip(entries, spectra, strict=True)]
         dense: dict[str, nn.Module] = {t.name: self.model.get_submodule(t.name) for t in self.layout.targets}
         for group, entry in zip(self.groups, entries, strict=True):
             if entry.rank is not None:

@@ -11,8 +11,8 @@ import torch
 import eckart
 from eckart._cli import main
 from eckart.checkpoint import read_provenance
+from eckart.compression import Calibration
 from eckart.linear import weight_view
-from eckart.run import Calibration
 from eckart.spectra_file import read as read_spectra
 from eckart.testing import tiny_models, tiny_tokenizer
 

@@ -37,7 +37,9 @@ def test_commands_parse(tmp_path, monkeypatch):
     command = typer.main.get_command(app)
     lines = [
         line.split("#")[0]
-        for line in re.findall(r"^(eckart (?:inspect|plan|compress|eval|methods)\b.*)$", README, re.MULTILINE)
+        for line in re.findall(
+            r"^(eckart (?:inspect|plan|compress|eval|report|compare|methods)\b.*)$", README, re.MULTILINE
+        )
     ]
     assert len(lines) >= 6
     for line in lines:

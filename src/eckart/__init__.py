@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from eckart.checkpoint import load, save
+    from eckart.comparison import compare
     from eckart.compression import Calibration, Compression
     from eckart.conversion import convert
     from eckart.data import load_windows
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from eckart.pipeline import compress, plan, spectra
     from eckart.plans import Plan
     from eckart.recipes import Recipe
+    from eckart.reporting import report
     from eckart.types import Budget
 
 _HOME = {
@@ -46,6 +48,7 @@ _HOME = {
     "Plan": "plans",
     "Recipe": "recipes",
     "UserError": "errors",
+    "compare": "comparison",
     "compress": "pipeline",
     "convert": "conversion",
     "discover": "discovery",
@@ -56,6 +59,7 @@ _HOME = {
     "methods": "inspection",
     "perplexity": "measure",
     "plan": "pipeline",
+    "report": "reporting",
     "save": "checkpoint",
     "spectra": "pipeline",
 }
@@ -73,6 +77,7 @@ __all__ = [
     "Recipe",
     "UserError",
     "__version__",
+    "compare",
     "compress",
     "convert",
     "discover",
@@ -83,6 +88,7 @@ __all__ = [
     "methods",
     "perplexity",
     "plan",
+    "report",
     "save",
     "spectra",
 ]

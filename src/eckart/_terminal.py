@@ -1,9 +1,11 @@
 """What a person sees: progress bars and tables, on standard error and standard output."""
 
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import exp
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, JustifyMethod
@@ -45,6 +47,15 @@ def progress_bars(quiet: bool) -> Iterator[Progress]:
             bars.update(current[stage], completed=done)
 
         yield listen
+
+
+def log_to_stderr(level: int) -> None:
+    """Show the library's log lines from `level` on, with the time, on standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("eckart")
+    logger.handlers = [handler]
+    logger.setLevel(level)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], justify: JustifyMethod = "right") -> None:
@@ -142,6 +153,28 @@ def show_results(result: dict[str, Any]) -> None:
         f"Protocol: windows of {first['length']} tokens, stride {first['stride']}, joined by {first['join']!r}, "
         f"BOS {first['bos']}, mean over {first['mean']}s, dtype {first['dtype']}, {first['device']}."
     )
+
+
+def show_comparison(made: dict[str, Any]) -> None:
+    """A row a model; a star for each plot on which no other beats it."""
+    from eckart.comparison import labels
+    from eckart.results import decode_rate
+
+    models = made["models"]
+    corpora = list(dict.fromkeys(corpus for row in models for corpus in row["perplexities"]))
+    rows = []
+    for row, name in zip(models, labels(models), strict=True):
+        book, found = row["ledger"], [row["perplexities"].get(corpus) for corpus in corpora]
+        rate = decode_rate(row["speed"])
+        rows.append(
+            (name, row["recipe"], f"{book['keep']:.2%}", f"{book['model_bytes_kept'] / 1e6:,.1f}",
+             *(f"{one['perplexity']:.2f}" if one else "-" for one in found),
+             f"{rate:,.1f}" if rate else "-", " ".join(row["best"]) or "-")
+        )  # fmt: skip
+    heads = ("model", "recipe", "kept", "MB", *(f"perplexity, {Path(corpus).name}" for corpus in corpora))
+    table("Compared", (*heads, "tokens/s", "best by loss and"), rows)
+    if page := made.get("page"):
+        out.print(f"Page: {page}", markup=False)
 
 
 def blocks_text(blocks: Sequence[int]) -> str:

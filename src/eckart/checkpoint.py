@@ -137,8 +137,11 @@ def load_tokenizer(model: str | Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def skeleton(model: str) -> "PreTrainedModel":
-    """The model of a hub id or a folder on the meta device: all of its structure, none of its weights."""
+def skeleton(model: str, *, dense: bool = False) -> "PreTrainedModel":
+    """The model of a hub id or a folder on the meta device: all of its structure, none of its weights.
+
+    `dense` gives what a checkpoint of eckart was before its layers were factorised.
+    """
     import transformers
 
     from eckart import hf
@@ -151,7 +154,7 @@ def skeleton(model: str) -> "PreTrainedModel":
         with torch.device("meta"):
             built: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         quantization = getattr(config, "quantization_config", None)
-        if isinstance(quantization, dict) and quantization.get("quant_method") == hf.METHOD:
+        if not dense and isinstance(quantization, dict) and quantization.get("quant_method") == hf.METHOD:
             hf.EckartQuantizer(hf.EckartConfig.from_dict(quantization)).preprocess_model(built)
     return built
 

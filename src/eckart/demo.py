@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from eckart import checkpoint
 from eckart.compression import Calibration
 from eckart.demo_assets import fetch_demo_model
 from eckart.files import check_new_folder
@@ -18,12 +15,12 @@ from eckart.ledger import Ledger
 from eckart.measure import evaluate
 from eckart.pipeline import compress
 from eckart.progress import Progress, silent
+from eckart.samples import PROMPTS, write
 
 CORPUS = "python-docs"
 CALIBRATION = Calibration(data=CORPUS, windows=32, length=512)
 EVALUATION_WINDOWS = 8
-PROMPT = "The lifetime of a variable in Python"
-NEW_TOKENS = 40
+PROMPT = PROMPTS[0]
 
 
 @dataclass(frozen=True)
@@ -67,18 +64,6 @@ def run_demo(out: Path, *, recipe: str = "eckart", keep: float = 0.8, progress: 
     progress("sample", 0, 2)
     samples = {}
     for number, (label, folder) in enumerate((("dense", dense), ("compressed", out)), 1):
-        samples[label] = sample(folder, PROMPT)
+        (samples[label],) = write(folder, [PROMPT])
         progress("sample", number, 2)
     return DemoReport(dense, out, ledger, evaluation, PROMPT, samples, time.perf_counter() - start)
-
-
-@torch.inference_mode()
-def sample(folder: Path, prompt: str) -> str:
-    """The greedy continuation of `prompt`, `NEW_TOKENS` tokens long."""
-    model, tokenizer = checkpoint.load_model(str(folder)), checkpoint.load_tokenizer(folder)
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True
-    )
-    text: str = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-    return text

@@ -63,19 +63,25 @@ def summary(spectrum: Spectrum) -> dict[str, Any]:
     `lost` is `[[rank, share], ...]`: the share of the energy (squared error in the metric) that a cut at
     that rank loses, from 1 at rank 0 to 0 at full rank, about `POINTS` ranks closer together where they
     are low. `energy_nats` is the loss that losing all of it would cost, in nats per token, where the metric
-    can say: at any rank the predicted loss is `energy_nats * share`.
+    can say: at any rank the predicted loss is `energy_nats * share`. `measured_kl` is `Spectrum.measured`.
     """
     group, tails, energy = spectrum.group, spectrum.tails, spectrum.energy
     ranks = sorted({round(group.full_rank * (i / POINTS) ** 2) for i in range(POINTS + 1)})
     lost = [[rank, float(f"{float(tails[rank]) / energy if energy else 0.0:.4g}")] for rank in ranks]
     nats = {} if spectrum.nats is None else {"energy_nats": float(f"{spectrum.nats * energy:.6g}")}
-    return {**describe(spectrum), **nats, "lost": lost}
+    alone = {} if spectrum.measured is None else {"measured_kl": {f"{k:g}": v for k, v in spectrum.measured.items()}}
+    return {**describe(spectrum), **nats, **alone, "lost": lost}
 
 
-def with_density(entry: Entry, spectrum: Spectrum) -> Entry:
-    """The entry with the energy effective rank of its group before what else its details say."""
-    density = round(energy_effective_rank(spectrum.values), 3)
-    return replace(entry, details={"energy_effective_rank": density, **entry.details})
+def with_figures(entry: Entry, spectrum: Spectrum) -> Entry:
+    """The entry with the figures of its group before what else its details say.
+
+    They are the energy effective rank and, where the metric knows it, the loss predicted of this choice alone.
+    """
+    loss = spectrum.loss(entry.rank)
+    figures = {"energy_effective_rank": round(energy_effective_rank(spectrum.values), 3)}
+    figures |= {} if loss is None else {"predicted_loss": float(f"{loss:.6g}")}
+    return replace(entry, details={**figures, **entry.details})
 
 
 def _entropy_rank(weights: Tensor) -> float:

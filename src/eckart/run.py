@@ -1,5 +1,6 @@
 """One run of the pipeline: the stages, and what they hand to each other."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from eckart.compression import Calibration, Compression
 from eckart.correction import Correction, corrected
 from eckart.decomposing import decompose, factorize_group_
 from eckart.demo_assets import cache_folder
-from eckart.density import summary, with_density
+from eckart.density import summary, with_figures
 from eckart.discovery import check_finite, discover
 from eckart.errors import OptionError
 from eckart.factorizers.base import GroupDecomposition
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Tensor = torch.Tensor
+log = logging.getLogger(__name__)
 
 
 class Run:
@@ -80,6 +82,7 @@ class Run:
             dtypes.cast_(self.model, dtypes.compute_dtype(self.stored_dtype, self.model.device))
             self.model.eval()
         self.layout = discover(self.model, include, exclude)
+        log.info("%s: %d targets in %s", type(self.model).__name__, len(self.layout.targets), self.layout.blocks)
         check_finite(self.model, self.layout.targets)
         self.windows: data.Windows | None = None
         self.held_out: HeldOut | None = None
@@ -97,6 +100,7 @@ class Run:
         if stage in ("load", "save"):
             self.progress(stage, 1, 1)
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+        log.info("%s: %.1f s", stage, self.seconds[stage])
 
     def make_plan(self, goal: Goal, rank_multiple: int) -> Plan:
         """Decompose everything, then let the allocator share out what meets the goal."""
@@ -163,10 +167,11 @@ class Run:
         allocator, budget = self.recipe.make_allocator(), Budget(keep, rank_multiple)
         if needs_windows(allocator):
             spectra = self._observe(allocator, groups, keep)
+            self.summaries = [summary(spectrum) for spectrum in spectra]
         windows = allocator.probe_windows()
         search = windows and partial(allocator.search, probe=self._probe(groups, windows))
         entries = (search or allocator.allocate)(spectra, budget)
-        entries = self._settle([with_density(e, s) for e, s in zip(entries, spectra, strict=True)])
+        entries = self._settle([with_figures(e, s) for e, s in zip(entries, spectra, strict=True)])
         made = Plan(tuple(entries), asked, {}, self.recipe.to_dict())
         reached = self.ledger(made)
         if not allocator.may_exceed:
@@ -241,6 +246,7 @@ class Run:
                     spec.pop("data"), self.tokenizer, model=self.model, spare=SPARE, **spec
                 )
                 data.check_length(self.windows, self.model)
+                log.info("calibration: %s", self.windows.recipe)
         return self.windows.ids.to(self.model.device)
 
     def carry_out(self, plan: Plan) -> None:
@@ -257,6 +263,7 @@ class Run:
         with self.timed("factorise"):
             work = list(zip(groups, entries, strict=True))
             for group, entry in track(work, "factorise", len(work), self.progress):
+                log.debug("%s: rank %s of %d, %s", group.name, entry.rank, group.full_rank, entry.storage)
                 if entry.rank is not None:
                     factorize_group_(self.model, group, entry, self.decompositions.pop(group.name))
         for refiner in refiners:

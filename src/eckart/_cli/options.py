@@ -42,6 +42,14 @@ Dtype = Annotated[str, typer.Option(help="Stored dtype: auto (the checkpoint's),
 Work = Annotated[
     Path | None, typer.Option(help="Folder for finished pieces of a long run; the same command resumes there.")
 ]
+Against = Annotated[str | None, typer.Option(help="The dense model: measured beside --data, and writes samples.")]
+MeasureOn = Annotated[list[str], typer.Option("--data", help="Measure perplexity on this text. Repeatable.")]
+MeasureWindows = Annotated[
+    int | None, typer.Option("--windows", min=1, help="Windows per corpus; the whole text without it.")
+]
+Results = Annotated[
+    list[Path], typer.Option(help="What `eckart eval --json` or `eckart bench --json` printed. Repeatable.")
+]
 Json = Annotated[bool, typer.Option("--json", help="The result as JSON on standard output, nothing else there.")]
 
 

@@ -1,0 +1,84 @@
+"""`report`: one self-contained page about a checkpoint, from what it says of itself, stored results, and new ones."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eckart import results as stored
+from eckart import samples
+from eckart.errors import OptionError
+from eckart.files import write_text
+from eckart.measure import evaluate
+from eckart.progress import Progress, silent
+from eckart.report_facts import gather
+from eckart.report_page import page
+
+NAME = "report.html"
+
+
+def report(
+    folder: str | Path,
+    *,
+    out: str | Path | None = None,
+    results: Sequence[str | Path] = (),
+    against: str | None = None,
+    data_specs: Sequence[str] = (),
+    prompts: Sequence[str] = (),
+    windows: int | None = None,
+    length: int = 2048,
+    seed: int | None = None,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Write the report of the checkpoint `folder` to `out` (`folder`/report.html) and return its facts as plain data.
+
+    `results` are files that `eckart eval --json` and `eckart bench --json` printed about this checkpoint.
+    With `data_specs` its perplexity is measured as `evaluate` does, beside the dense model's with
+    `against`; with `against` or `prompts` the models write samples. Without any of these no weight is read.
+    Raises `UserError` for a folder or a file that is not what it should be, or results about another model.
+    """
+    facts = gather(folder)
+    found = [stored.read(path) for path in results]
+    for path, result in zip(results, found, strict=True):
+        if not stored.is_about(result, folder):
+            raise OptionError(
+                f"{path}: is about {result.get('model')}, not about {folder}; give results of this model."
+            )
+    if data_specs:
+        found.append(
+            evaluate(
+                folder,
+                against=against,
+                data_specs=data_specs,
+                windows=windows,
+                length=length,
+                seed=seed,
+                device=device,
+                progress=progress,
+            )
+        )
+    facts |= {
+        "evaluations": [result for result in found if result["format"] == stored.EVAL],
+        "benches": [result for result in found if result["format"] == stored.BENCH],
+        "samples": _samples(folder, against, prompts, device, progress) if against or prompts else None,
+    }
+    path = Path(folder) / NAME if out is None else Path(out)
+    write_text(path, page(facts))
+    return {"format": "eckart-report", "version": 1, "page": str(path), **facts}
+
+
+def _samples(
+    folder: str | Path, against: str | None, prompts: Sequence[str], device: str, progress: Progress
+) -> dict[str, Any]:
+    """What the models write after each prompt."""
+    asked = list(prompts) or list(samples.PROMPTS)
+    progress("sample", 0, 2)
+    dense: Sequence[str | None] = (
+        [None] * len(asked) if against is None else samples.write(against, asked, device=device)
+    )
+    progress("sample", 1, 2)
+    compressed = samples.write(folder, asked, device=device)
+    progress("sample", 2, 2)
+    rows = zip(asked, dense, compressed, strict=True)
+    texts = [{"prompt": prompt, "dense": one, "compressed": other} for prompt, one, other in rows]
+    return {"new_tokens": samples.NEW_TOKENS, "texts": texts}
