@@ -1,6 +1,10 @@
 """The command line is the library, spoken: same bytes, clean JSON, one line and exit code 2 for mistakes."""
 
 import json
+import logging
+import os
+import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -158,12 +162,6 @@ def test_options_are_parsed():
         parse_options(["=1"])
 
 
-def test_every_command_has_help_with_an_example(monkeypatch, capsys):
-    for command in ("inspect", "plan", "compress", "eval", "demo", "methods"):
-        assert run(monkeypatch, command, "--help") == 0
-        assert "Example:" in capsys.readouterr().out
-
-
 def test_version_as_an_installed_program():
     said = subprocess.run([sys.executable, "-m", "eckart", "--version"], capture_output=True, text=True, check=True)
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
@@ -193,3 +191,76 @@ def test_inspect_shows_the_effective_ranks(workspace, monkeypatch, capsys):
     assert "more" in shown  # the rest of a group; the table folds to the terminal
     assert run(monkeypatch, "inspect", "dense", "--json") == 0
     assert "spectra" not in json.loads(capsys.readouterr().out)
+
+
+def test_every_command_has_json_verbose_and_an_example_that_parses(monkeypatch, capsys):
+    """The example of each help is a command that the parser takes; the work itself is not run."""
+    from eckart._cli.app import commands
+
+    group = commands()
+    assert len(group.commands) >= 9
+    for name, command in group.commands.items():
+        flags = {flag for option in command.params for flag in option.opts}
+        assert {"--json", "--verbose", "-v"} <= flags, name
+        examples = re.findall(r"Example: `eckart (\S+) ?(.*?)`", " ".join(command.help.split()))
+        assert len(examples) == 1, name
+        assert examples[0][0] == name
+        command.make_context(name, shlex.split(examples[0][1]))
+        assert run(monkeypatch, name, "--help") == 0
+        assert "Example:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (("compress",), "Missing argument"),
+        (("nosuch",), "No such command 'nosuch'. See eckart --help."),
+        (("eval", "dense", "--windows", "0"), "--windows"),
+        (("eval", "dense", "--nonsense"), "No such option: --nonsense"),
+        (("compress", "dense", "--keep", "much", "--out", "o"), "'--keep': Input should be a valid number"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_too(monkeypatch, capsys, argv, text):
+    assert run(monkeypatch, *argv) == 2
+    said = capsys.readouterr()
+    assert text in said.err
+    assert said.err.startswith("eckart: ")
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+
+
+def test_verbose_says_the_stages_and_nothing_is_said_without_it(workspace, monkeypatch, capsys):
+    argv = ("plan", "dense", "--recipe", "svd-llm", "--keep", "0.7", *SOME_TEXT, "--out")
+    try:
+        assert run(monkeypatch, *argv, "a.json", "--json") == 0
+        assert capsys.readouterr().err == ""
+        assert run(monkeypatch, *argv, "b.json", "--json", "-v") == 0
+        said = capsys.readouterr()
+        assert "eckart.run: calibrate and decompose: " in said.err
+        assert json.loads(said.out) == json.loads(Path("a.json").read_text())
+    finally:
+        logger = logging.getLogger("eckart")
+        logger.handlers, level = [], logging.NOTSET
+        logger.setLevel(level)
+
+
+@pytest.mark.parametrize(("words", "expected"), [("eckart com", "compress compare"), ("eckart eval --ag", "--against")])
+def test_the_shell_completes(words, expected):
+    """What the completion that `--install-completion` installs asks for on a tab."""
+    environment = {
+        **os.environ,
+        "_ECKART_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split()) - 1),
+    }
+    program = "import sys; sys.argv = ['eckart']; from eckart._cli import main; main()"
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert set(said.stdout.split()) == set(expected.split()), said.stderr
+
+
+def test_piped_output_has_no_control_characters(workspace, monkeypatch, capsys):
+    for argv in (("inspect", "dense"), ("compress", "dense", "--recipe", "svd", "--out", "piped"), ("methods",)):
+        assert run(monkeypatch, *argv) == 0
+        said = capsys.readouterr()
+        assert "\x1b" not in said.out + said.err
+        assert said.err == ""

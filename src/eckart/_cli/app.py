@@ -1,12 +1,14 @@
 """The command line's application and its way out. Exit codes: 0 done, 2 the user's mistake, 1 else."""
 
 import json
+import logging
 import sys
 from typing import Annotated, Any
 
 import typer
 
 import eckart
+from eckart import _terminal as terminal
 from eckart.errors import EckartError, UserError
 
 app = typer.Typer(
@@ -14,6 +16,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Make Hugging Face language models smaller by low-rank factorisation.",
 )
 
@@ -29,16 +32,58 @@ def print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, indent=1))
 
 
+def set_verbosity(count: int) -> int:
+    if count:
+        terminal.log_to_stderr(logging.INFO if count == 1 else logging.DEBUG)
+    return count
+
+
+def commands() -> Any:
+    """The commands as a click group, each with `--verbose`: an option of them all that stands in the file of none."""
+    carrier = typer.Typer(add_completion=False)
+
+    @carrier.command()
+    def only(
+        verbose: Annotated[
+            int,
+            typer.Option(
+                "-v",
+                "--verbose",
+                count=True,
+                callback=set_verbosity,
+                expose_value=False,
+                show_default=False,
+                help="Say on standard error what is being done; -vv says more.",
+            ),
+        ] = 0,
+    ) -> None: ...
+
+    carried: Any = typer.main.get_command(carrier)
+    group: Any = typer.main.get_command(app)
+    for command in group.commands.values():
+        command.params += [option for option in carried.params if option.name == "verbose"]
+    return group
+
+
 def main() -> None:
     """Entry point: errors become one line and an exit code."""
     try:
-        app(standalone_mode=True)
+        code = commands().main(prog_name="eckart", standalone_mode=False)
     except UserError as error:
-        sys.stderr.write(f"eckart: {error}\n")
-        sys.exit(2)
+        fail(str(error), 2)
     except (EckartError, MemoryError) as error:
-        sys.stderr.write(f"eckart: {error or 'out of memory; lower --length or --windows.'}\n")
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.stderr.write("eckart: interrupted; nothing was written.\n")
-        sys.exit(130)
+        fail(str(error) or "out of memory; lower --length or --windows.", 1)
+    except (KeyboardInterrupt, typer.Abort):
+        fail("interrupted; nothing was written.", 130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's usage errors, whichever copy of click typer brings
+            raise
+        context = getattr(error, "ctx", None)
+        where = f" See {context.command_path} --help." if context else ""
+        fail(f"{' '.join(error.format_message().split()).rstrip('.')}.{where}", 2)
+    sys.exit(code or 0)
+
+
+def fail(message: str, code: int) -> None:
+    sys.stderr.write(f"eckart: {message}\n")
+    sys.exit(code)

@@ -14,7 +14,7 @@ from eckart._cli.options import Json
 
 @app.command()
 def convert(
-    folder: Annotated[Path, typer.Argument(help="A checkpoint of eckart.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint of eckart.")],
     storage: Annotated[str, typer.Option(help="pair, pivoted (fewest numbers) or dense (an ordinary model).")],
     out: Annotated[Path, typer.Option(help="Folder for the new checkpoint; must be new or empty.")],
     as_json: Json = False,
