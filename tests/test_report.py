@@ -62,6 +62,7 @@ def test_the_page_says_what_the_folder_says(at):
     assert f"{result['perplexity']:.3f}" in seen
     assert f"{result['dense_perplexity']:.3f}" in seen
     assert f"{result['nll'] - result['dense_nll']:.4f}" in seen  # beside the predicted loss
+    assert f"{provenance['kl']['measured']:.4f}" in seen
     assert page.count("<svg") == 7  # one chart for each kind of layer
     assert page.count("<polyline") == 14
     eckart.load("small")  # a page in the folder does no harm

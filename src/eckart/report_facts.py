@@ -32,6 +32,7 @@ def gather(folder: str | Path) -> dict[str, Any]:
         "asked": dict(plan.asked),
         "reached": dict(plan.reached),
         "ledger": provenance.get("ledger") or dict(plan.reached),
+        "kl": provenance.get("kl"),
         "modules": modules(groups, entries, spectra),
         "spectra": spectra,
         "left": _left(layout, plan),

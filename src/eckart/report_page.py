@@ -15,7 +15,7 @@ Row = Mapping[str, Any]
 def page(facts: Mapping[str, Any]) -> str:
     """The HTML of the facts of one model. Text in them is escaped; the page refers to nothing outside itself."""
     rows = [row for result in facts["evaluations"] for row in result["results"] if "perplexity" in row]
-    predicted = facts["reached"].get("predicted_kl")
+    losses = _losses(facts, rows)
     return render(
         "report.html",
         facts=facts,
@@ -25,8 +25,8 @@ def page(facts: Mapping[str, Any]) -> str:
         bar=_bar(facts["ledger"]),
         perplexity=[_perplexity(row) for row in rows],
         protocol=_protocol(rows[0]["protocol"]) if rows else "",
-        losses=_losses(predicted, rows) if rows or predicted is not None else [],
-        predicted_note=_PREDICTED if predicted is not None else "",
+        losses=losses,
+        predicted_note=_PREDICTED if "predicted_kl" in facts["reached"] else "",
         tasks=[cells for result in facts["evaluations"] for cells in _tasks(result)],
         speed=[speed_table.table(result) for result in facts["benches"]],
         maps=report_maps.maps(facts["modules"]),
@@ -37,8 +37,8 @@ def page(facts: Mapping[str, Any]) -> str:
 
 
 _PREDICTED = (
-    "The prediction is the sum of what each matrix loses alone, on the calibration text, to second order; it knows "
-    "nothing of refinement afterwards."
+    "The KL divergence says how far the predictions moved from the dense model's; the loss is what perplexity is made "
+    "of. The prediction is made before a weight is touched and knows nothing of refinement afterwards."
 )
 
 
@@ -102,14 +102,17 @@ def _protocol(protocol: Mapping[str, Any]) -> str:
     )
 
 
-def _losses(predicted: float | None, rows: Sequence[Row]) -> list[tuple[str, str, str]]:
-    """Predicted KL first, then what each corpus says: KL where it was measured, and the rise of the loss."""
-    found = [] if predicted is None else [("predicted KL of the predictions, calibration text", predicted)]
+def _losses(facts: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    """What the plan predicted, what the finished model measured, and how much the loss rose on each corpus."""
+    found: list[tuple[str, float]] = []
+    if (predicted := facts["reached"].get("predicted_kl")) is not None:
+        found.append(("KL of the predictions, predicted by the plan", predicted))
+    if facts["kl"] and facts["kl"].get("measured") is not None:
+        text = "text that calibration did not see" if facts["kl"].get("unseen") else "calibration text"
+        found.append((f"KL of the predictions, measured on {text}", facts["kl"]["measured"]))
     for row in rows:
-        if row.get("kl") is not None:
-            found.append((f"measured KL, {row['data']}", row["kl"]))
         if row.get("dense_nll") is not None:
-            found.append((f"measured rise of the loss, {row['data']}", row["nll"] - row["dense_nll"]))
+            found.append((f"rise of the loss, measured on {row['data']}", row["nll"] - row["dense_nll"]))
     return [(text, f"{nats:.4f}", f"{exp(nats):.3f}") for text, nats in found]
 
 
