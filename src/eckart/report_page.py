@@ -155,10 +155,11 @@ def _charts(spectra: Sequence[Row], modules: Sequence[Row]) -> list[tuple[str, s
 
 
 def _between(points: Sequence[tuple[float, float]], at: float) -> float:
-    """The curve at `at`, straight between its points."""
+    """The curve at `at`, between its points as they are drawn: straight on a logarithmic scale."""
     for (x0, y0), (x1, y1) in pairwise(points):
         if x0 <= at <= x1:
-            return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+            part = (at - x0) / (x1 - x0)
+            return float(max(y0, 1e-12) ** (1 - part) * max(y1, 1e-12) ** part)
     return points[-1][1]
 
 
