@@ -50,3 +50,18 @@ def make() -> Callable[..., PreTrainedModel]:
         return model
 
     return maker
+
+
+def bench(folder: str, speedup: float, **changes: object) -> dict[str, object]:
+    """A result as `eckart bench --json` prints it, whose model decodes `speedup` times as fast as the dense one."""
+
+    def phase(ratio: float) -> dict[str, float]:
+        names = ("speedup", "speedup_low", "speedup_high", "limit", "tokens_per_second", "seconds")
+        figures = dict.fromkeys(names, ratio)
+        return {**figures, "dense_tokens_per_second": 1.0, "dense_seconds": 1.0}
+
+    rows = [{"batch": batch, "prompt": 8, "steps": 4, "prefill": phase(9.0), "decode": phase(s)} for batch, s in
+            ((8, 99.0), (1, speedup))]  # fmt: skip
+    facts = {"engine": "torch", "dtype": "float32", "device": "cpu", "device_name": "a CPU", "threads": 1, "repeats": 3}
+    told = {"against": "dense", "slower": [], "reasons": ["Because."], "peak_bytes": {}}
+    return {"format": "eckart-bench", "version": 1, "model": folder, "rows": rows, **facts, **told, **changes}

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import bench
 
 import eckart
 from eckart._cli import main
@@ -24,12 +25,6 @@ PROTOCOL = {
 def result(folder, perplexity, **changes):
     row = {"data": "x.txt", "perplexity": perplexity, "dense_perplexity": 2.0, "protocol": {**PROTOCOL, **changes}}
     return {"format": "eckart-eval", "version": 1, "model": folder, "results": [row]}
-
-
-def bench(folder, rate):
-    rows = [{"phase": "prefill", "batch": 1, "tokens_per_second": 9e9}]
-    rows += [{"phase": "decode", "batch": 1, "tokens_per_second": rate}]
-    return {"format": "eckart-bench", "version": 1, "model": folder, "results": rows}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +66,7 @@ def test_the_front_is_what_counting_says():
 
 
 def test_sizes_losses_and_who_is_beaten(at):
-    paths = at(result("A", 3.0), result("B", 3.5), result("C", 3.2), bench("A", 50.0), bench("C", 80.0))
+    paths = at(result("A", 3.0), result("B", 3.5), result("C", 3.2), bench("A", 1.1), bench("C", 1.6))
     rows = {row["folder"]: row for row in eckart.compare(["A", "B", "C"], results=paths)["models"]}
     sizes = [rows[name]["ledger"]["model_bytes_kept"] for name in "ABC"]
     assert sizes == sorted(sizes, reverse=True)
@@ -106,6 +101,15 @@ def test_protocols_are_not_mixed(at, changes, words):
     assert "\n" not in str(caught.value)
 
 
+def test_speeds_are_not_mixed_either(at):
+    with pytest.raises(OptionError, match=r"A and B were not timed alike: their threads differ: 1 and 2"):
+        eckart.compare(["A", "B"], results=at(bench("A", 1.1), bench("B", 1.2, threads=2)))
+    with pytest.raises(OptionError, match=r"A: was timed twice, and their dtype differ"):
+        eckart.compare(["A", "B"], results=at(bench("A", 1.1), bench("A", 1.2, dtype="bfloat16")))
+    rows = eckart.compare(["A", "B"], results=at(bench("A", 1.1), bench("B", 1.2)))["models"]
+    assert [row["decoding"]["speedup"] for row in rows] == [1.1, 1.2]  # of batch 1
+
+
 def test_another_name_of_the_same_text_is_no_other_text(at):
     """The hash of the tokens decides, and where the file lay does not."""
     eckart.compare(["A", "B"], results=at(result("A", 3.0), result("B", 3.5, spec="/elsewhere/x.txt", device="cuda")))
@@ -135,7 +139,7 @@ def test_mistakes(at):
 
 
 def test_rows_of_one_model_are_checked_against_every_other():
-    rows = [{"folder": name, "perplexities": {"x": result(name, 2.0)["results"][0]}} for name in "ABCD"]
+    rows = [{"folder": n, "decoding": None, "perplexities": {"x": result(n, 2.0)["results"][0]}} for n in "ABCD"]
     check_protocols(rows)
     for victim in itertools.islice(rows, 1, None):
         kept, victim["perplexities"] = victim["perplexities"], {"x": result("", 2.0, length=9)["results"][0]}
@@ -151,7 +155,7 @@ def test_measuring_here_is_what_evaluate_says(at):
 
 
 def test_the_command_and_its_page(at, monkeypatch, capsys, tmp_path):
-    paths = at(result("A", 3.0), result("B", 3.5), result("C", 3.2), bench("A", 50.0), bench("C", 80.0))
+    paths = at(result("A", 3.0), result("B", 3.5), result("C", 3.2), bench("A", 1.1), bench("C", 1.6))
     argv = ["eckart", "compare", "A", "B", "C", *(word for path in paths for word in ("--results", str(path)))]
 
     def run(*more):

@@ -5,6 +5,7 @@ import os
 import shutil
 
 import pytest
+from conftest import bench
 
 import eckart
 from eckart.compression import Calibration
@@ -48,8 +49,7 @@ def pages(tmp_path_factory):
         calibration = Calibration("text.txt", windows=4, length=24)
         eckart.compress("dense", recipe="eckart", keep=0.6, calibration=calibration, out="small")
         eckart.compress("dense", recipe="svd", keep=0.7, out="other")
-        rows = [{"phase": "decode", "batch": 1, "tokens_per_second": 12.5}]
-        (folder / "bench.json").write_text(json.dumps({"format": "eckart-bench", "model": "small", "results": rows}))
+        (folder / "bench.json").write_text(json.dumps(bench("small", 1.5)))
         hostile = "<img src=http://leak.example/x.png>"
         eckart.report("small", results=["bench.json"], against="dense", prompts=[hostile], **text)
         eckart.compare(["small", "other"], results=["bench.json"], out="compare.html", **text)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import bench
 
 import eckart
 from eckart import report_maps, samples
@@ -156,6 +157,15 @@ def test_a_checkpoint_without_spectra_has_a_page(at):
     page = (at / "bare/report.html").read_text()
     assert "<svg" not in page
     assert "Energy effective rank" in page  # the plan still knows it
+
+
+def test_the_speed_is_shown_with_what_holds_it_back(at):
+    (at / "bench.json").write_text(json.dumps(bench("small", 0.75, slower=["decode at batch 1"])))
+    eckart.report("small", results=["bench.json"], out="speed.html")
+    seen = text_of((at / "speed.html").read_text())
+    assert re.search(r"decode, batch 1 1\.0 0\.8 0\.75 0\.75 to 0\.75", seen)
+    assert "Slower than dense: decode at batch 1." in seen
+    assert "Because." in seen
 
 
 def test_refusals(at):

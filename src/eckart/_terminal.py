@@ -223,21 +223,21 @@ def show_bench(result: dict[str, Any]) -> None:
 def show_comparison(made: dict[str, Any]) -> None:
     """A row a model; a star for each plot on which no other beats it."""
     from eckart.comparison import labels
-    from eckart.results import decode_rate
 
     models = made["models"]
     corpora = list(dict.fromkeys(corpus for row in models for corpus in row["perplexities"]))
     rows = []
     for row, name in zip(models, labels(models), strict=True):
         book, found = row["ledger"], [row["perplexities"].get(corpus) for corpus in corpora]
-        rate = decode_rate(row["speed"])
+        speed = row["decoding"]
         rows.append(
             (name, row["recipe"], f"{book['keep']:.2%}", f"{book['model_bytes_kept'] / 1e6:,.1f}",
              *(f"{one['perplexity']:.2f}" if one else "-" for one in found),
-             f"{rate:,.1f}" if rate else "-", " ".join(row["best"]) or "-")
+             f"{speed['tokens_per_second']:,.1f}" if speed else "-", f"{speed['speedup']:.2f}" if speed else "-",
+             " ".join(row["best"]) or "-")
         )  # fmt: skip
     heads = ("model", "recipe", "kept", "MB", *(f"perplexity, {Path(corpus).name}" for corpus in corpora))
-    table("Compared", (*heads, "tokens/s", "best by loss and"), rows)
+    table("Compared", (*heads, "tokens/s", "speed-up", "best by loss and"), rows)
     if page := made.get("page"):
         out.print(f"Page: {page}", markup=False)
 

@@ -70,18 +70,20 @@ def _check_folders(folders: Sequence[str | Path]) -> None:
 
 def _row(folder: str | Path, found: Sequence[Row]) -> dict[str, Any]:
     """What is known of one model: its ledger, its perplexities by corpus, its speed."""
-    benches = stored.of_model(found, folder, stored.BENCH)
     return {
         "folder": str(folder),
         **summary(folder),
         "perplexities": stored.perplexities(found, folder),
-        "speed": [row for bench in benches for row in bench.get("results", [])],
+        "decoding": stored.decoding(found, folder),
         "best": [],
     }
 
 
 def check_protocols(rows: Sequence[Row]) -> None:
     """Raise `OptionError`, naming two models and what parts them, unless all measured models were measured alike."""
+    for one, other in combinations([row for row in rows if row["decoding"]], 2):
+        if difference := stored.differences(one["decoding"], other["decoding"], stored.TIMING):
+            raise OptionError(f"{one['folder']} and {other['folder']} were not timed alike: their {difference}.")
     measured = [row for row in rows if row["perplexities"]]
     for one, other in combinations(measured, 2):
         mine, theirs = one["perplexities"], other["perplexities"]
@@ -116,22 +118,21 @@ def _bytes(row: Row) -> float | None:
 
 
 def _slowness(row: Row) -> float | None:
-    """Seconds for a token, lower is better; None without a bench."""
-    rate = stored.decode_rate(row["speed"])
-    return None if rate is None else 1 / rate
+    """Time of a token in parts of the dense model's, which took turns with it; None without a bench."""
+    return None if row["decoding"] is None else 1 / float(row["decoding"]["speedup"])
 
 
 def _page(rows: Sequence[Row]) -> str:
     plots = []
     for plot, cost, label, scale in (
         ("size", _bytes, "size of the weights, MB", 1e-6),
-        ("speed", _slowness, "milliseconds for a token (decode, batch 1)", 1e3),
+        ("speed", _slowness, "time of a token, dense = 1 (decode, batch 1)", 1.0),
     ):
         if dots := _dots(rows, plot, cost, scale):
             title = f"Loss against {plot}"
             plots.append((title, charts.scatter(dots, x_label=label, y_label="loss, nats per token")))
     corpora = list(dict.fromkeys(corpus for row in rows for corpus in row["perplexities"]))
-    return render("compare.html", rows=rows, corpora=corpora, plots=plots, names=labels(rows), rate=stored.decode_rate)
+    return render("compare.html", rows=rows, corpora=corpora, plots=plots, names=labels(rows))
 
 
 def _dots(rows: Sequence[Row], plot: str, cost: Callable[[Row], float | None], scale: float) -> list[charts.Dot]:

@@ -1,7 +1,7 @@
 """Stored results of `eckart eval --json` and `eckart bench --json`: read back, and compared by protocol."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from eckart.errors import DataError, OptionError
 EVAL, BENCH = "eckart-eval", "eckart-bench"
 # What has to be the same for two perplexities to mean the same. The name of the text is free: its hash decides.
 PROTOCOL = ("tokens_hash", "length", "windows", "stride", "bos", "mean", "join", "seed", "dtype")
+TIMING = ("against", "engine", "dtype", "device", "device_name", "threads", "prompt", "steps")
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -52,18 +53,27 @@ def perplexities(results: Iterable[Mapping[str, Any]], folder: str | Path) -> di
     return rows
 
 
-def decode_rate(rows: Iterable[Mapping[str, Any]]) -> float | None:
-    """Tokens a second of decoding at batch 1 among the rows of a bench, the first there is; None without one."""
-    for row in rows:
-        if row.get("phase") == "decode" and row.get("batch") == 1 and row.get("tokens_per_second"):
-            return float(row["tokens_per_second"])
-    return None
+def decoding(results: Iterable[Mapping[str, Any]], folder: str | Path) -> dict[str, Any] | None:
+    """How fast a model writes one text at a time, by its bench results: figures and protocol; None without any.
+
+    Raises `OptionError` for two results that were not timed alike.
+    """
+    found: dict[str, Any] | None = None
+    for result in of_model(results, folder, BENCH):
+        for row in result["rows"]:
+            if row["batch"] == 1:
+                protocol = {key: result.get(key, row.get(key)) for key in TIMING}
+                other = {"protocol": protocol, **row["decode"]}
+                found = found or other
+                if apart := differences(found, other, TIMING):
+                    raise OptionError(f"{folder}: was timed twice, and their {apart}; give one of the results.")
+    return found
 
 
-def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+def differences(one: Mapping[str, Any], other: Mapping[str, Any], keys: Sequence[str] = PROTOCOL) -> str:
     """Where the protocols of two rows part ways, in words; empty when they agree."""
     first, second = one["protocol"], other["protocol"]
-    for key in PROTOCOL:
+    for key in keys:
         if first.get(key) != second.get(key):
             a, b = (
                 str(value)[:12] if key == "tokens_hash" else repr(value) for value in (first.get(key), second.get(key))

@@ -1,26 +1,41 @@
-"""Results of `eckart bench` as a table, whatever it measured: a row each, a column for each figure."""
+"""A result of `eckart bench` as tables and sentences: what a report and a comparison say of speed."""
 
 from collections.abc import Mapping
 from typing import Any
 
-
-def table(result: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"caption", "heads", "rows", "notes"}` with text in every cell."""
-    rows = [row for row in result.get("results", []) if isinstance(row, Mapping)]
-    plain = list(dict.fromkeys(key for row in rows for key, value in row.items() if _is_plain(value)))
-    return {
-        "caption": ", ".join(f"{key} {value}" for key, value in result.get("protocol", {}).items() if _is_plain(value)),
-        "heads": [key.replace("_", " ") for key in plain],
-        "rows": [[_text(row.get(key)) for key in plain] for row in rows],
-        "notes": [str(note) for note in result.get("notes", [])],
-    }
+Row = Mapping[str, Any]
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, str | int | float)
+def table(result: Row) -> dict[str, Any]:
+    """`{"caption", "heads", "rows", "notes"}`, text in every cell: each batch and phase, dense beside compressed."""
+    rows = [cells for row in result["rows"] for cells in _cells(row)]
+    first = result["rows"][0]
+    caption = (
+        f"{result['engine']}, {result['dtype']}, {result['threads']} threads of {result['device_name']}; prompts of "
+        f"{first['prompt']} tokens, median of {result['repeats']} turns with the dense model"
+    )
+    notes = [f"Slower than dense: {', '.join(result['slower'])}."] if result["slower"] else []
+    peak = result.get("peak_bytes") or {}
+    if peak.get("compressed") and peak.get("dense"):
+        notes.append(f"Peak memory: {peak['compressed'] / 1e6:,.0f} MB, dense {peak['dense'] / 1e6:,.0f} MB.")
+    heads = ["", "dense, tokens/s", "compressed, tokens/s", "speed-up", "quartiles", "limit"]
+    return {"caption": caption, "heads": heads, "rows": rows, "notes": [*notes, *result["reasons"]]}
 
 
-def _text(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+def _cells(row: Row) -> list[list[str]]:
+    cells = []
+    for phase in ("prefill", "decode"):
+        found = row[phase]
+        cells.append(
+            [
+                f"{phase}, batch {row['batch']}",
+                f"{found['dense_tokens_per_second']:,.1f}",
+                f"{found['tokens_per_second']:,.1f}",
+                f"{found['speedup']:.2f}",
+                f"{found['speedup_low']:.2f} to {found['speedup_high']:.2f}",
+                f"{found['limit']:.2f}",
+            ]
+        )
+    first = row["prefill"]
+    times = [f"{1e3 * first[key]:,.1f} ms" for key in ("dense_seconds", "seconds")]
+    return [*cells, [f"first token, batch {row['batch']}", *times, "", "", ""]]
