@@ -42,6 +42,8 @@ def progress_bars(quiet: bool) -> Iterator[Progress]:
         current: dict[str, TaskID] = {}
 
         def listen(stage: str, done: int, total: int) -> None:
+            if total == 0:  # nothing to do: no bar
+                return
             if stage not in current or done == 0:
                 current[stage] = bars.add_task(stage, total=total)
             bars.update(current[stage], completed=done)
@@ -263,4 +265,5 @@ def show_demo(report: "DemoReport") -> None:
         out.print(f"  {label:<11}{' '.join(text.split())}", markup=False)
     out.print(f"\nDense model       {report.dense_folder}", markup=False)
     out.print(f"Compressed model  {report.compressed_folder}", markup=False)
+    out.print(f"Report            {report.page}", markup=False)
     out.print(f"Took {report.seconds / 60:.1f} minutes. Next: eckart inspect, eckart compress, eckart eval (--help).")

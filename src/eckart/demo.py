@@ -15,6 +15,7 @@ from eckart.ledger import Ledger
 from eckart.measure import evaluate
 from eckart.pipeline import compress
 from eckart.progress import Progress, silent
+from eckart.reporting import report
 from eckart.samples import PROMPTS, write
 
 CORPUS = "python-docs"
@@ -25,7 +26,7 @@ PROMPT = PROMPTS[0]
 
 @dataclass(frozen=True)
 class DemoReport:
-    """What the demo shows: figures of `evaluate`, one sample of each model, ledger, folders, time."""
+    """What the demo shows: figures of `evaluate`, one sample of each model, ledger, folders, time, and a page."""
 
     dense_folder: Path
     compressed_folder: Path
@@ -34,6 +35,7 @@ class DemoReport:
     prompt: str
     samples: dict[str, str]
     seconds: float
+    page: Path
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -44,6 +46,7 @@ class DemoReport:
             "prompt": self.prompt,
             "samples": self.samples,
             "seconds": self.seconds,
+            "page": str(self.page),
         }
 
 
@@ -66,4 +69,5 @@ def run_demo(out: Path, *, recipe: str = "eckart", keep: float = 0.8, progress: 
     for number, (label, folder) in enumerate((("dense", dense), ("compressed", out)), 1):
         (samples[label],) = write(folder, [PROMPT])
         progress("sample", number, 2)
-    return DemoReport(dense, out, ledger, evaluation, PROMPT, samples, time.perf_counter() - start)
+    page = Path(report(out, results=[evaluation])["page"])
+    return DemoReport(dense, out, ledger, evaluation, PROMPT, samples, time.perf_counter() - start, page)

@@ -1,6 +1,6 @@
 """`report`: one self-contained page about a checkpoint, from what it says of itself, stored results, and new ones."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ def report(
     folder: str | Path,
     *,
     out: str | Path | None = None,
-    results: Sequence[str | Path] = (),
+    results: Sequence[str | Path | Mapping[str, Any]] = (),
     against: str | None = None,
     data_specs: Sequence[str] = (),
     prompts: Sequence[str] = (),
@@ -32,17 +32,19 @@ def report(
 ) -> dict[str, Any]:
     """Write the report of the checkpoint `folder` to `out` (`folder`/report.html) and return its facts as plain data.
 
-    `results` are files that `eckart eval --json` and `eckart bench --json` printed about this checkpoint.
+    `results` are what `eckart eval --json` and `eckart bench --json` printed about this checkpoint: files, or
+    plain data as `evaluate` and `bench` return it.
     With `data_specs` its perplexity is measured as `evaluate` does, beside the dense model's with
     `against`; with `against` or `prompts` the models write samples. Without any of these no weight is read.
     Raises `UserError` for a folder or a file that is not what it should be, or results about another model.
     """
     facts = gather(folder)
-    found = [stored.read(path) for path in results]
-    for path, result in zip(results, found, strict=True):
+    found = [dict(result) if isinstance(result, Mapping) else stored.read(result) for result in results]
+    for given, result in zip(results, found, strict=True):
         if not stored.is_about(result, folder):
+            name = "a result" if isinstance(given, Mapping) else given
             raise OptionError(
-                f"{path}: is about {result.get('model')}, not about {folder}; give results of this model."
+                f"{name}: is about {result.get('model')}, not about {folder}; give results of this model."
             )
     if data_specs:
         found.append(

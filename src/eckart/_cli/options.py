@@ -7,7 +7,7 @@ import typer
 
 from eckart.errors import UserError
 
-Model = Annotated[str, typer.Argument(help="A hub id or a folder.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id or a folder.")]
 Recipe = Annotated[str, typer.Option(help="A recipe's name (`eckart methods`) or a .toml file.")]
 Keep = Annotated[
     float | None,
