@@ -24,8 +24,12 @@ FORMS = ("shared", "rows", "kept", "columns")
 
 
 def mixed(family: str) -> Any:
-    """A tiny model whose targets are factorised, in turn: a shared basis, pivoted rows, kept and pivoted columns."""
-    model = FAMILIES[family]()
+    """A tiny model of a family in every storage form."""
+    return mix(FAMILIES[family]())
+
+
+def mix(model: Any) -> Any:
+    """Factorise the targets of a model, in turn: a shared basis, pivoted rows, kept and pivoted columns."""
     for (first, *others), form in zip(_kinds(model), FORMS * 9, strict=False):
         for name in (first, *others):
             _factorize_(model, name, 3 if form == "kept" else 0)
