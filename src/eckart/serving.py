@@ -96,7 +96,7 @@ class FactorizedMethod(LinearMethodBase):  # type: ignore[misc]
         try:
             return part_of(assemble(spec, input_size, out, tensors), outputs, inputs)
         except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{name}: cannot be served by vLLM: {error}") from None
+            raise ValueError(f"{name}: cannot be served by vLLM: {' '.join(str(error).split())}") from None
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`[..., in]` to `[..., out]` of this device."""
