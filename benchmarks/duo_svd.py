@@ -39,6 +39,7 @@ from eckart.types import Budget, Entry, Group
 
 LEVELS = ("uniform", "columns", "compensated", "allocation", "both", "both compensated")
 NEAR = (0.7, 0.75, 0.85, 0.9)  # other budgets, planned and predicted with the curves around one
+ALSO = {0.8: (0.9, 0.7), 0.6: (0.5,)}  # other budgets, carried out in full with the curves around one
 
 
 class Bench:
@@ -156,6 +157,9 @@ def run(bench: Bench, keep: float, measured: Sequence[float], work: Path, levels
             else:
                 bench.level(level, keep, uniform, predicted_kl=curves.resting / curves.tokens)
     bench.report["rows"][f"uniform {keep}"]["predicted_kl"] = curves.resting / curves.tokens
+    for other in ALSO.get(keep, ()):
+        plan = Knapsack().allocate(seen, Budget(other))
+        bench.level("both", other, plan, predicted_kl=predicted(curves, plan, bench), curves_around=keep)
     for other in NEAR if keep == 0.8 else ():
         name = f"near {keep} at {other}"
         if name not in bench.report["rows"]:

@@ -41,6 +41,8 @@ def rows() -> dict:
         made[f"search {keep}"] = ("lc-svd", {"refiners": "none"}, keep)
         made[f"search and collaboration {keep}"] = ("lc-svd", {}, keep)
         made[f"search per kind {keep}"] = ("lc-svd", {"refiners": "none", "allocator.per": "kind"}, keep)
+    for keep in (0.9, 0.7, 0.5):
+        made[f"search and collaboration {keep}"] = ("lc-svd", {}, keep)
     return made
 
 

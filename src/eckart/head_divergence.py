@@ -11,8 +11,8 @@ that is not small beside the divergence, it is made again from the difference of
 
     KL(p || q) = sum_v p (exp(d) - 1 - d)_v + log(1 + u) - u,    u = sum_v p (exp(d) - 1)_v,
 
-in which every term is of second order, at the price of a second product. `d` may be shifted at will. Products in float32
-(float64 if the weight is), what is summed over slices, subtracted or small in float64.
+in which every term is of second order, at the price of a second product. `d` may be shifted at will. Products in
+float32 (float64 if the weight is), what is summed over slices, subtracted or small in float64.
 """
 
 from collections.abc import Iterator

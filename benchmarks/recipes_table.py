@@ -1,0 +1,97 @@
+"""The README's table of recipes: both corpora, predicted and measured KL, time and memory.
+
+Read from benchmarks/results/: `recipes.json` (`benchmarks/recipes.py`), and for the two methods that search for
+long, `duo_svd.json` and `lc_svd.json` (the benchmarks of those names). `-` where nobody has measured.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
+CORPORA = ("wikitext-2", "python-docs")
+Rows = dict[str, dict[float, dict[str, Any]]]  # recipe -> share -> what was measured
+
+ORDER = (
+    "svd", "fwsvd", "asvd", "svd-llm", "basis-sharing", "d-rank", "cpsvd", "duo-svd", "duo-svd, compensated",
+    "lc-svd-fixed", "lc-svd", "eckart, uncorrected", "eckart", "eckart --recover",
+)  # fmt: skip
+
+
+def make_recipes_table(results: Path) -> str:
+    """Markdown: perplexities at every share, then KL and cost at 0.8."""
+    rows, dense = read_rows(results)
+    names = [name for name in ORDER if name in rows]
+    lines = [
+        "SmolLM2-135M-Instruct, calibrated on the first 32 windows of 512 tokens of the WikiText-2 validation text.",
+        "Perplexity on the first 8 windows of 512 of its test text / of the second half of Python's documentation,",
+        "which is unlike it. In bold the best of a column. "
+        f"Dense: {number(dense['wikitext-2'])} / {number(dense['python-docs'])}.",
+        "",
+        "| recipe | " + " | ".join(f"{keep:.0%} kept" for keep in KEEPS) + " |",
+        "| --- |" + " --- |" * len(KEEPS),
+    ]
+    lines += [f"| {name} | " + " | ".join(perplexities(rows, name, keep) for keep in KEEPS) + " |" for name in names]
+    lines += [
+        "",
+        "At 80 %: KL divergence from the dense model in nats per token, predicted and measured on calibration text",
+        "before saving, then on the two test texts; wall time on two cores without a GPU, memory above the model's.",
+        "",
+        "| recipe | predicted KL | measured KL | on WikiText-2 | on python-docs | time | memory |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [cost_row(name, rows[name][0.8]) for name in names if 0.8 in rows[name]]
+    return "\n".join([*lines, ""])
+
+
+def read_rows(results: Path) -> tuple[Rows, dict[str, float]]:
+    """All that was measured, and the dense perplexities of both corpora."""
+    rows: Rows = {}
+    stored = json.loads((results / "recipes.json").read_text())["rows"]
+    for key, row in stored.items():
+        put_row(rows, key, {corpus: row[corpus]["perplexity"] for corpus in CORPORA}, row)
+    for key, row in read(results / "duo_svd.json").items():
+        name = {"both": "duo-svd", "both compensated": "duo-svd, compensated"}.get(key.rpartition(" ")[0])
+        if name and "perplexity_python_docs" in row:
+            perplexity = {CORPORA[0]: row["perplexity"], CORPORA[1]: row["perplexity_python_docs"]}
+            put_row(rows, f"{name} {key.rpartition(' ')[2]}", perplexity, {})
+    for key, row in read(results / "lc_svd.json").items():
+        name = {"collaboration": "lc-svd-fixed", "search and collaboration": "lc-svd"}.get(key.rpartition(" ")[0])
+        if name:
+            seconds = {"seconds": row["seconds"]["all"]}
+            put_row(rows, f"{name} {key.rpartition(' ')[2]}", row["perplexity"], seconds)
+    first = next(iter(stored.values()))
+    return rows, {corpus: first["dense"][corpus]["perplexity"] for corpus in CORPORA}
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    return json.loads(path.read_text())["rows"] if path.exists() else {}
+
+
+def put_row(rows: Rows, key: str, perplexity: dict[str, float], row: dict[str, Any]) -> None:
+    name, _, keep = key.rpartition(" ")
+    rows.setdefault(name, {})[float(keep)] = {**row, "perplexity": perplexity}
+
+
+def perplexities(rows: Rows, name: str, keep: float) -> str:
+    if keep not in rows[name]:
+        return "-"
+    cells = []
+    for corpus in CORPORA:
+        value = rows[name][keep]["perplexity"][corpus]
+        best = min(row[keep]["perplexity"][corpus] for row in rows.values() if keep in row)
+        cells.append(f"**{number(value)}**" if value == best else number(value))
+    return " / ".join(cells)
+
+
+def number(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
+
+
+def cost_row(name: str, row: dict[str, Any]) -> str:
+    kl = [f"{row[key]:.3f}" if key in row else "-" for key in ("predicted_kl", "measured_kl")]
+    kl += [f"{row[corpus]['kl']:.3f}" if corpus in row else "-" for corpus in CORPORA]
+    seconds = row.get("seconds") or sum(row.get("seconds_of_all_shares", {}).values())
+    time = f"{seconds:,.0f} s" if seconds else "-"
+    memory = f"{row['peak_minus_model_bytes'] / 1e9:.1f} GB" if "peak_minus_model_bytes" in row else "-"
+    return f"| {name} | " + " | ".join([*kl, time, memory]) + " |"
