@@ -278,7 +278,7 @@ class Run:
             assert ids is not None
             with self.timed("refine"):
                 known = (self.model, self.layout, plan, dense, ids, self.progress, self.work, self.notes)
-                refiner.refine_(Refinement(*known))
+                refiner.refine_(Refinement(*known, self.windows.spare.to(ids.device) if self.windows else None))
         with self.timed("store"):
             pivoted = [e.name for e in entries if e.rank is not None and e.storage == "pivoted"]
             for name in track(pivoted, "store", len(pivoted), self.progress):

@@ -26,7 +26,8 @@ class Refinement:
     `model` is the compressed model, in computing precision. `dense_weights` maps the name of every
     factorised target to its weight `[out, in]` before compression: with it a dense block can be run
     again, at the price of the dense targets in memory beside their factors. `windows` is `[windows,
-    length]` token ids on the model's device, those that the statistics came from.
+    length]` token ids on the model's device, those that the statistics came from; `unseen` `[any, length]` are
+    others of the same text, which no statistic has seen: what is fitted to `windows` is judged on them fairly.
 
     `work` is a folder in which a long refiner may keep finished pieces for a later run (`eckart.work`).
     What should travel with the checkpoint about how it went is appended to `notes`, as plain data
@@ -41,6 +42,7 @@ class Refinement:
     progress: Progress = silent
     work: Path | None = None
     notes: list[dict[str, Any]] = field(default_factory=list)
+    unseen: Tensor | None = None
 
 
 @dataclass(frozen=True)
