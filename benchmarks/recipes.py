@@ -14,6 +14,7 @@ import json
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ RECIPES = {  # name of a row: recipe, its options, shares
     "cpsvd": ("cpsvd", {}, NARROW),
     "eckart": ("eckart", {}, WIDE),
     "eckart, uncorrected": ("eckart", {"allocator.correction": "off"}, WIDE),
-    "eckart, corrected in full": ("eckart", {"allocator.correction": "full"}, NARROW),
+    "eckart --recover": ("eckart", {"refiners": "recover"}, NARROW),
 }
 WINDOWS, TEST_WINDOWS, LENGTH = 32, 8, 512
 
@@ -56,10 +57,7 @@ def measure_recipe(name: str, arguments: argparse.Namespace) -> None:
     seconds = {stage: round(value, 1) for stage, value in run.seconds.items()}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     model_bytes = sum(p.nbytes for p in run.model.parameters())
-    tests = {
-        label: list(load_windows(spec, run.tokenizer, windows=TEST_WINDOWS, length=LENGTH, purpose="evaluation").ids)
-        for label, spec in (("wikitext-2", arguments.test), ("python-docs", "python-docs"))
-    }
+    tests = read_tests(run, arguments.test)
     dense = {label: [log_probabilities(run.model, w) for w in windows] for label, windows in tests.items()}
     shared = {
         "recipe": run.recipe.to_dict(),
@@ -73,17 +71,28 @@ def measure_recipe(name: str, arguments: argparse.Namespace) -> None:
         print(json.dumps({"keep": keep, **row, **measure_plan(run, plan, tests, dense), **shared}), flush=True)
 
 
+def read_tests(run: Run, test: str) -> dict:
+    """The windows of both corpora."""
+    return {
+        label: list(load_windows(spec, run.tokenizer, windows=TEST_WINDOWS, length=LENGTH, purpose="evaluation").ids)
+        for label, spec in (("wikitext-2", test), ("python-docs", "python-docs"))
+    }
+
+
 def measure_plan(run: Run, plan: Plan, tests: dict, dense: dict) -> dict:
     """With the plan's factors in the model, refined where the recipe refines."""
     groups, entries = resolve(plan, run.layout.targets)
     weights = {n: weight_view(run.model.get_submodule(n)) for e in entries if e.rank is not None for n in e.targets}
     refiners = [r for r in run.recipe.make_refiners() if r.applies(plan.reached["keep"])]
+    notes: list = []
     with in_place(run.model, groups, entries, run._put):
-        if refiners:
+        start = time.perf_counter()
+        for refiner in refiners:
             assert run.windows is not None
-            for refiner in refiners:
-                refiner.refine_(Refinement(run.model, run.layout, plan, weights, run.windows.ids, silent, run.work))
-        return figures(run, tests, dense)
+            known = (run.model, run.layout, plan, weights, run.windows.ids, silent, run.work, notes)
+            refiner.refine_(Refinement(*known, run.windows.spare))
+        refined = {"seconds_refine": round(time.perf_counter() - start, 1), "refinement": notes} if refiners else {}
+        return {**figures(run, tests, dense), **refined}
 
 
 @torch.inference_mode()

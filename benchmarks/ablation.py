@@ -1,0 +1,80 @@
+"""From svd-llm to eckart one part at a time, and eckart with one part removed at a time.
+
+    python benchmarks/ablation.py MODEL CALIBRATION.txt TEST.txt
+
+The protocol of `recipes.py`. One calibration of each metric serves all rows that have it. Rows are written as they
+come; a second run measures only what is missing. Recovery and refinement are rows of `recipes.py`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from recipes import figures, measure_plan, read_tests
+
+from eckart import Calibration, recipes
+from eckart.divergence import log_probabilities
+from eckart.files import write_text
+from eckart.goals import Goal
+from eckart.progress import silent
+from eckart.provenance import versions
+from eckart.run import Run
+
+PAIR, OFF = {"allocator.storage": "pair"}, {"allocator.correction": "off"}
+ONE_SIDED = {"factorizer": "svd_llm"}
+ROWS = {  # options that make the row of recipe `eckart`, metric by metric
+    "one-sided": {
+        "svd-llm": {**ONE_SIDED, "allocator": "uniform"},
+        "svd-llm + water level, losses relative": {**ONE_SIDED, **PAIR, **OFF, "allocator.normalise": True},
+        "svd-llm + pivoted": {**ONE_SIDED, "allocator": "uniform", "allocator.storage": "pivoted"},
+        "without the two-sided metric": {**ONE_SIDED, **OFF},
+        "without the two-sided metric, losses relative": {**ONE_SIDED, **OFF, "allocator.normalise": True},
+    },
+    "two-sided": {
+        "svd-llm + two-sided metric": {"allocator": "uniform"},
+        "... + water level": {**PAIR, **OFF},
+        "... + pivoted = without correction": OFF,
+        "... + correction = eckart": {},
+        "without water level": {"allocator": "uniform", "allocator.storage": "pivoted"},
+        "without pivoted": PAIR,
+        "correction in full": {"allocator.correction": "full"},
+    },
+    "true labels": {"true labels instead of sampled": {"factorizer.labels": "true"}},
+    "mixed labels": {"mixed labels instead of sampled": {"factorizer.labels": "mixed"}},
+}
+KEEPS = (0.8, 0.6)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("calibration")
+    parser.add_argument("test")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ablation.json"))
+    parser.add_argument("--work", default=None)
+    arguments = parser.parse_args()
+    report = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": {}}
+    report["versions"] = versions()
+    for rows in ROWS.values():
+        if all(f"{name} {keep}" in report["rows"] for name in rows for keep in KEEPS):
+            continue
+        variants = {name: recipes.find("eckart", options) for name, options in rows.items()}
+        calibration = Calibration(arguments.calibration, windows=32, length=512)
+        first = next(iter(variants.values()))
+        run = Run(arguments.model, first, None, calibration, None, (), (), "cpu", "auto", arguments.work, silent)
+        tests = read_tests(run, arguments.test)
+        dense = {label: [log_probabilities(run.model, w) for w in windows] for label, windows in tests.items()}
+        report["dense"] = figures(run, tests, dense)
+        for name, run.recipe in variants.items():
+            for keep in KEEPS:
+                if f"{name} {keep}" in report["rows"]:
+                    continue
+                plan = run.make_plan(Goal.of(keep, None, None), 1)
+                row = {**plan.reached, **measure_plan(run, plan, tests, dense)}
+                report["rows"][f"{name} {keep}"] = row
+                print(name, keep, row["wikitext-2"], row["python-docs"], flush=True)
+                write_text(arguments.out, json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
