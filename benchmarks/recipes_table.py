@@ -55,7 +55,8 @@ def read_rows(results: Path) -> tuple[Rows, dict[str, float]]:
         if name and "perplexity_python_docs" in row:
             perplexity = {CORPORA[0]: row["perplexity"], CORPORA[1]: row["perplexity_python_docs"]}
             put_row(rows, f"{name} {key.rpartition(' ')[2]}", perplexity, {})
-    for key, row in read(results / "lc_svd.json").items():
+    for label, row in read(results / "lc_svd.json").items():
+        key = label.partition(" [")[0]  # behind which are the options that were not the defaults
         name = {"collaboration": "lc-svd-fixed", "search and collaboration": "lc-svd"}.get(key.rpartition(" ")[0])
         if name:
             seconds = {"seconds": row["seconds"]["all"]}
