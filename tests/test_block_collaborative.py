@@ -138,8 +138,8 @@ def test_the_grassmann_form_reaches_the_loss_of_the_decomposed_form(rank):
     for form, rate, steps in (("svd", 0.1, 500), ("grassmann", 0.01, 300)):
         streams = TwoStreams.open(model, model.model.layers, [work.windows])
         job = _Job(BlockCollaborative(form=form), work, streams, block, targets, refinable(work), [0], [0])
-        error = BlockError(streams, block, job._goals())
-        start = job._start([target for target in targets if target.name in work.dense_weights])
+        error = BlockError(streams, block, job.goals())
+        start = job._start()
         starts[form] = error.over({}, [0])
         made = descend(start, error, [0], [0], Schedule(steps, rate, 50, -1e9), torch.Generator().manual_seed(0))
         reached[form] = made.best

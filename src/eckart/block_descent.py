@@ -1,7 +1,7 @@
 """Descend on one block's output error, all its factorised linears together, with an adaptive stop.
 
-The error is `sum |y - Block(x; factors)|^2 / sum |y|^2`. Batches of training windows give gradients;
-held-out windows decide when to stop and which state is kept.
+The error is `sum |y - Block(x; factors)|^2 / sum |y|^2`, in the plain norm or in that of a metric. Batches of
+training windows give gradients; held-out windows decide when to stop and which state is kept.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,11 +42,16 @@ class Descent:
 
 
 class BlockError:
-    """The output error of one block for given factors. `goals[i]` is what batch i should give."""
+    """The output error of one block for given factors. `goals[i]` is what batch i should give.
 
-    def __init__(self, streams: TwoStreams, block: nn.Module, goals: Sequence[Tensor]) -> None:
-        self.streams, self.block, self.goals = streams, block, goals
-        self.sizes = [float(goal.double().square().sum()) for goal in goals]
+    With a `metric` G `[width, width]` squares are `e^T G e` for each token, without one `e^T e`.
+    """
+
+    def __init__(
+        self, streams: TwoStreams, block: nn.Module, goals: Sequence[Tensor], metric: Tensor | None = None
+    ) -> None:
+        self.streams, self.block, self.goals, self.metric = streams, block, goals, metric
+        self.sizes = [float(self._square(goal.double())) for goal in goals]
 
     def of(self, factors: Factors, index: int) -> Tensor:
         """Relative squared error on batch `index`, differentiable in the factors."""
@@ -69,7 +74,10 @@ class BlockError:
             return functional_call(self.block, parameters, args, kwargs)
 
         output = self.streams.run(block, self.streams.compressed[index], index)
-        return (output - self.goals[index]).square().sum()
+        return self._square(output - self.goals[index])
+
+    def _square(self, e: Tensor) -> Tensor:
+        return e.square().sum() if self.metric is None else (e * (e @ self.metric.to(e.dtype))).sum()
 
 
 def descend(
@@ -95,7 +103,7 @@ def descend(
             loss = error.of(form.factors(), order.pop())
             if not torch.isfinite(loss):
                 break
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward(inputs=form.leaves())  # type: ignore[no-untyped-call]  # dense layers need no gradients
         falling = (1 + cos(pi * step / schedule.steps)) / 2
         form.descend(schedule.rate * (LAST_RATE + (1 - LAST_RATE) * falling), CLIP)
         done = step + 1

@@ -11,11 +11,12 @@ gradient is ever formed by autograd.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from eckart.blocks import Stream, open_stream, split_batches
+from eckart.blocks import Call, Stream, open_stream, split_batches
 from eckart.discovery import Layout
 from eckart.errors import NumericalError
 from eckart.gradient_statistics import backward_block, check_labels, loss_gradients
@@ -53,19 +54,53 @@ def sweep(
     check_labels(needs)
     blocks = layout.block_list(model)
     targets = [[t for t in layout.targets if t.block == index] for index in range(len(blocks))]
-    stream = open_stream(model, blocks, split_batches(windows, batch_tokens))
     if not needs & GRADIENT_NEEDS:
+        stream = open_stream(model, blocks, split_batches(windows, batch_tokens))
         for index in track(range(len(blocks)), "calibrate", len(blocks), progress):
             yield _forward_block(f"{layout.blocks}.{index}", blocks[index], targets[index], stream, needs, whole_gram)
         return
+    for at in backward(model, layout, windows, needs, batch_tokens=batch_tokens, seed=seed, progress=progress):
+        block, here = blocks[at.index], targets[at.index]
+        yield backward_block(block, here, at.entrances, at.calls, at.gradients, needs, whole_gram)
+
+
+@dataclass(frozen=True)
+class AtBlock:
+    """Where a backward run is, batch by batch: what enters block `index`, how it is called, the loss gradients.
+
+    `gradients[i]` `[batch, seq, width]` is at the block's output; `backward_block` moves it to the entrance.
+    """
+
+    index: int
+    entrances: list[Tensor]
+    calls: list[Call]
+    gradients: list[Tensor]
+
+
+@torch.no_grad()
+def backward(
+    model: nn.Module,
+    layout: Layout,
+    windows: Tensor,
+    needs: frozenset[Need],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Iterator[AtBlock]:
+    """Yield one block after another, from the last to the first; the caller moves the gradients past each.
+
+    `windows`, `seed` and the labels among the `needs` are those of `sweep`.
+    """
+    blocks = layout.block_list(model)
+    stream = open_stream(model, blocks, split_batches(windows, batch_tokens))
     entrances = []
     for index in track(range(len(blocks)), "calibrate", len(blocks), progress):
         entrances.append(list(stream.hidden))
         _forward_block(f"{layout.blocks}.{index}", blocks[index], [], stream, frozenset())
     gradients = loss_gradients(model, blocks, stream, needs, seed, progress)
     for index in track(reversed(range(len(blocks))), "gradients", len(blocks), progress):
-        calls = [per_batch[index] for per_batch in stream.calls]
-        yield backward_block(blocks[index], targets[index], entrances.pop(), calls, gradients, needs, whole_gram)
+        yield AtBlock(index, entrances.pop(), [per_batch[index] for per_batch in stream.calls], gradients)
 
 
 def _forward_block(

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, final
 
 import torch
@@ -11,17 +11,16 @@ from torch import nn
 from eckart.block_descent import BlockError, Descent, Schedule, descend
 from eckart.block_factors import factors_of, put_, refinable, split_windows
 from eckart.block_forms import BlockForm, FreeFactors, Start, Subspaces, Whitenings, precise, tied
+from eckart.block_work import BlockWork
 from eckart.errors import NumericalError, OptionError
 from eckart.linalg import DAMPING, Decomposition, Metric
 from eckart.linear import FactorizedLinear
-from eckart.plans import Plan
-from eckart.provenance import versions
 from eckart.refiners.base import Refinement, Refiner
+from eckart.residual_metric import residual_metrics
 from eckart.statistics import Gram
 from eckart.subspace import SOFTENING
 from eckart.two_streams import TwoStreams, dense_again, input_gram, stages
 from eckart.types import Target
-from eckart.work import WorkFolder, fingerprint, state_of
 
 Tensor = torch.Tensor
 log = logging.getLogger(__name__)
@@ -41,6 +40,11 @@ class BlockCollaborative(Refiner):
     `free_rate`. With `refresh`, each matrix starts from the Gram of what it reads after the earlier
     matrices of its block were replaced; without, from the inputs of the dense block.
 
+    `start` "found" begins at the factors that are in place, whatever made them, instead of whitened
+    ones; only the form "free" can. `metric` "gradient" weighs the output error by the Fisher information
+    of the dense model's residual stream there (`eckart.residual_metric`), with the shrinkage a =
+    `gradient_shrinkage` of that matrix towards its mean diagonal; 1 is the plain norm.
+
     `steps` (at most), `rate` and `batch` (windows in a step) are the descent's. Every `check_every` steps
     the error on the share `held_out` of the windows is taken; less than `stop` relative gain over five
     checks ends the block. A block that gained nothing there goes back to its layer-wise factors and
@@ -49,6 +53,9 @@ class BlockCollaborative(Refiner):
 
     form: Literal["svd", "grassmann", "free"] = "grassmann"
     target: Literal["anchored", "same_input"] = "anchored"
+    start: Literal["whitened", "found"] = "whitened"
+    metric: Literal["plain", "gradient"] = "plain"
+    gradient_shrinkage: float = 0.1
     steps: int = 100
     rate: float = 1e-3
     batch: int = 8
@@ -71,30 +78,42 @@ class BlockCollaborative(Refiner):
         for name in ("stop", "softening"):
             if not 0 <= getattr(self, name) < 1:
                 raise OptionError(f"block_collaborative.{name} is {getattr(self, name):g}, but must lie in [0, 1).")
+        if not 0 <= self.gradient_shrinkage <= 1:
+            value = self.gradient_shrinkage
+            raise OptionError(f"block_collaborative.gradient_shrinkage is {value:g}, but must lie in [0, 1].")
+        if self.start == "found" and self.form != "free":
+            raise OptionError(
+                f"block_collaborative.start is found, but the form {self.form} ties factors to the dense weight, and "
+                "those that are in place are not; use block_collaborative.form=free."
+            )
 
     def refine_(self, work: Refinement) -> None:
         batches, train, held_out = split_windows(work.windows, self.batch, self.held_out)
-        folder = WorkFolder(work.work, "blocks", self._key(work) if work.work else "")
+        finished = BlockWork(work, "block_collaborative", asdict(self))
+        metrics: list[Tensor] | None = None
+        if self.metric == "gradient":  # of the training windows: what is held out trains nothing
+            trained = torch.cat([batches[number] for number in train])
+            metrics = residual_metrics(work, trained, self.gradient_shrinkage, self.seed)
         blocks = work.layout.block_list(work.model)
         streams = TwoStreams.open(work.model, blocks, batches)
         able = refinable(work)
         for index, block in enumerate(blocks):
             targets = [target for target in work.layout.targets if target.block == index]
-            job = _Job(self, work, streams, block, targets, able, train, held_out)
-            notes = job.restore(folder) or job.collaborate(folder)
+            metric = None if metrics is None else metrics[index]
+            job = _Job(self, work, streams, block, targets, able, train, held_out, metric)
+            notes = finished.restore_(index, block)
+            if notes is None:
+                notes = job.collaborate()
+                finished.keep(index, factors_of(block, job.chosen), notes)
+            else:
+                job.goals()  # the dense stream still has to pass the block
             work.notes.append(notes)
             streams.advance(block)
-
-    def _key(self, work: Refinement) -> str:
-        plan = Plan(work.plan.entries).to_dict()
-        facts = {"refiner": "block_collaborative", **asdict(self), "plan": plan, "versions": versions()}
-        tensors = [*state_of(work.model), *sorted(work.dense_weights.items()), ("windows", work.windows)]
-        return fingerprint(facts, tensors)
 
 
 @dataclass
 class _Job:
-    """One block: start, descend, keep the best or roll back, put the factors in, keep the piece."""
+    """One block: start, descend, keep the best or roll back, put the factors in."""
 
     options: BlockCollaborative
     work: Refinement
@@ -104,60 +123,49 @@ class _Job:
     able: frozenset[str]
     train: Sequence[int]
     held_out: Sequence[int]
+    metric: Tensor | None = None
+    chosen: list[Target] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.chosen = [target for target in self.targets if target.name in self.able]
 
     @property
     def index(self) -> int:
         return self.streams.position
 
-    def restore(self, folder: WorkFolder) -> dict[str, Any] | None:
-        """Take the block from the work folder if it is there; the dense stream still has to pass it."""
-        found = folder.find(f"block-{self.index:04d}")
-        if found is None:
-            return None
-        tensors, notes = found
-        kinds = {name.rpartition(".")[0].rpartition(".")[0] for name in tensors}
-        for kind in kinds:
-            put_(self.block, {kind: (tensors[f"{kind}.basis.weight"], tensors[f"{kind}.coefficients.weight"])})
-        self._goals()
-        return notes
-
-    def collaborate(self, folder: WorkFolder) -> dict[str, Any]:
-        goals = self._goals()
-        chosen = [target for target in self.targets if target.name in self.able]
-        notes: dict[str, Any] = {"refiner": "block_collaborative", "block": self.index}
-        if chosen:
-            notes |= self._descend(goals, chosen)
-        if left := [t.kind for t in self.targets if t.name in self.work.dense_weights and t.name not in self.able]:
-            notes["left_alone"] = left
-        factors = factors_of(self.block, chosen)
-        tensors = {f"{kind}.basis.weight": basis for kind, (basis, _) in factors.items()}
-        tensors |= {f"{kind}.coefficients.weight": coefficients for kind, (_, coefficients) in factors.items()}
-        folder.keep(f"block-{self.index:04d}", tensors, notes)
-        return notes
-
-    def _goals(self) -> list[Tensor]:
+    def goals(self) -> list[Tensor]:
         return self.streams.goals(self.block, self.work.dense_weights, self.targets, self.options.target)
 
-    def _descend(self, goals: list[Tensor], chosen: Sequence[Target]) -> dict[str, Any]:
-        """Descend from the layer-wise start; the block ends with the best factors seen."""
-        error = BlockError(self.streams, self.block, goals)
-        found = factors_of(self.block, chosen)
-        as_found = error.over({}, self.held_out)
-        if not as_found < torch.inf:
+    def collaborate(self) -> dict[str, Any]:
+        """The block ends with the best factors seen, and returns its notes."""
+        error = BlockError(self.streams, self.block, self.goals(), self.metric)
+        notes: dict[str, Any] = {"refiner": "block_collaborative", "block": self.index}
+        if self.chosen:
+            notes |= self._descend(error)
+        if left := [t.kind for t in self.targets if t.name in self.work.dense_weights and t.name not in self.able]:
+            notes["left_alone"] = left
+        return notes
+
+    def _descend(self, error: BlockError) -> dict[str, Any]:
+        safe = made = Descent(error.over({}, self.held_out), factors_of(self.block, self.chosen), 0)
+        if not safe.best < torch.inf:
             raise NumericalError(f"block {self.index}: its output holds NaN or infinity before any step.")
-        form = self._start(chosen)
-        start = factors_of(self.block, chosen)
-        layer_wise = error.over({}, self.held_out)
-        made = self._run(form, error, Schedule(*self._schedule("steps", "rate")))
-        notes = {"as_found": as_found, "layer_wise": layer_wise, "reached": made.best, "steps": made.steps}
+        notes: dict[str, Any] = {"as_found": safe.best}
+        if self.options.start == "whitened":
+            form = self._start()
+            layer_wise = error.over({}, self.held_out)
+            if layer_wise < safe.best:
+                safe = Descent(layer_wise, factors_of(self.block, self.chosen), 0)
+            made = self._run(form, error, Schedule(*self._schedule("steps", "rate")))
+            notes |= {"layer_wise": layer_wise, "reached": made.best, "steps": made.steps}
         if self.options.form == "free":
-            notes["tied"] = made.best
+            notes |= {"tied": made.best} if self.options.start == "whitened" else {}
             free = self._run(FreeFactors(made.factors), error, Schedule(*self._schedule("free_steps", "free_rate")))
             made = free if free.best < made.best else made
             notes |= {"reached": made.best, "free_steps": free.steps}
-        rolled_back = not made.best < (1 - GAIN) * min(as_found, layer_wise)
+        rolled_back = not made.best < (1 - GAIN) * safe.best
         if rolled_back:
-            made = Descent(min(as_found, layer_wise), found if as_found <= layer_wise else start, made.steps)
+            made = safe
             log.warning("block %d: no gain on held-out windows; back to its layer-wise factors", self.index)
         put_(self.block, made.factors)
         rounded = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in notes.items()}
@@ -177,10 +185,10 @@ class _Job:
         return descend(form, error, self.train, self.held_out, schedule, generator, stepped)
 
     @torch.no_grad()
-    def _start(self, chosen: Sequence[Target]) -> BlockForm:
+    def _start(self) -> BlockForm:
         """Put whitened factors in, stage by stage in forward order, and make the form that starts there."""
-        options, wanted = self.options, {target.name for target in chosen}
-        order = [[t for t in stage if t.name in wanted] for stage in stages(self.streams, self.block, self.targets)]
+        options = self.options
+        order = [[t for t in stage if t in self.chosen] for stage in stages(self.streams, self.block, self.targets)]
         order = [stage for stage in order if stage]
         grams: dict[str, Gram] = {}
         if not options.refresh:

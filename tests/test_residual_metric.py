@@ -1,0 +1,215 @@
+"""The metric at a block's output: against autograd on the whole model, and what the refinement makes of it."""
+
+import pytest
+import torch
+from test_block_collaborative import compressed, make_model, text_windows, trained_state  # noqa: F401
+
+from eckart.block_descent import BlockError
+from eckart.discovery import discover
+from eckart.errors import NumericalError, OptionError
+from eckart.linear import FactorizedLinear
+from eckart.refiners.block_collaborative import BlockCollaborative
+from eckart.residual_metric import residual_grams, residual_metrics, shrunk
+from eckart.testing import tiny_models
+from eckart.two_streams import TwoStreams
+
+FAST = {"batch": 6, "rate": 3e-3, "free_rate": 3e-3, "steps": 30, "free_steps": 30}
+
+
+@pytest.fixture
+def work(trained_state):  # noqa: F811
+    model = make_model()
+    model.load_state_dict(trained_state)
+    return compressed(model)
+
+
+@pytest.fixture
+def dense(trained_state):  # noqa: F811
+    model = make_model()
+    model.load_state_dict(trained_state)
+    return model
+
+
+def grams_by_autograd(model, windows, seed):
+    """`sum g g^T` at each block's output from plain runs of the whole model, window by window, float64.
+
+    The labels invert the cumulative sums of the model's own predictions at the draws of each window.
+    """
+    blocks, totals, outputs = discover(model).block_list(model), {}, {}
+
+    def hook(module, args, output):
+        outputs[module] = output[0] if isinstance(output, tuple) else output
+        outputs[module].retain_grad()
+
+    handles = [block.register_forward_hook(hook) for block in blocks]
+    for number, ids in enumerate(windows):
+        generator = torch.Generator().manual_seed(1_000_003 * seed + number)
+        draws = torch.rand(len(ids) - 1, generator=generator, dtype=torch.float64)
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        sums = logits.detach().double().softmax(-1).cumsum(-1)
+        labels = (draws[:, None] > sums).sum(-1)
+        torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+        for index, block in enumerate(blocks):
+            g = outputs[block].grad[0].double()
+            totals[index] = totals.get(index, 0.0) + g.T @ g
+    for handle in handles:
+        handle.remove()
+    model.zero_grad()
+    return [totals[index] for index in range(len(blocks))]
+
+
+@pytest.mark.parametrize("family", sorted(tiny_models()))
+def test_grams_equal_autograd_on_the_whole_model_with_the_same_labels(family):
+    model = tiny_models()[family]()
+    windows = torch.randint(3, 128, (5, 12), generator=torch.Generator().manual_seed(0))
+    found = residual_grams(model, discover(model), windows, batch_tokens=24, seed=3)
+    for gram, expected in zip(found, grams_by_autograd(model, windows, seed=3), strict=True):
+        torch.testing.assert_close(gram.matrix, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+        assert gram.tokens == windows.numel()
+
+
+def test_the_metrics_are_those_of_the_dense_model_and_the_factors_come_back(work, dense):
+    before = {name: p.clone() for name, p in work.model.named_parameters()}
+    found = residual_metrics(work, work.windows, 0.25, seed=1)
+    for metric, gram in zip(found, grams_by_autograd(dense, work.windows, seed=1), strict=True):
+        mean = gram.diagonal().mean()
+        expected = 0.75 * gram / mean + 0.25 * torch.eye(32, dtype=torch.float64)
+        torch.testing.assert_close(metric.double(), expected, rtol=1e-3, atol=1e-3)
+    assert all(isinstance(work.model.get_submodule(name), FactorizedLinear) for name in work.dense_weights)
+    assert all(torch.equal(p, before[name]) for name, p in work.model.named_parameters())
+
+
+def test_shrinkage_by_hand():
+    gram = torch.tensor([[1.0, 0.5], [0.5, 3.0]], dtype=torch.float64)
+    torch.testing.assert_close(shrunk(gram, 0.5), torch.tensor([[0.75, 0.125], [0.125, 1.25]], dtype=torch.float64))
+    torch.testing.assert_close(shrunk(gram, 1.0), torch.eye(2, dtype=torch.float64))
+    torch.testing.assert_close(shrunk(torch.zeros_like(gram), 0.1), torch.eye(2, dtype=torch.float64))
+
+
+def test_infinite_gradients_stop_with_the_name_of_the_block():
+    model = tiny_models()["llama"]()
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    with pytest.raises(NumericalError, match=r"model\.layers\.1: NaN or infinity in the gradients"):
+        residual_grams(model, discover(model), text_windows(2))
+
+
+def test_the_weighted_error_is_that_of_the_outputs_through_the_root(work):
+    """`|L^T e|^2 / |L^T y|^2`, token by token, and its gradient by finite differences."""
+    model = work.model.double()
+    block, streams = model.model.layers[0], TwoStreams.open(model, model.model.layers, [work.windows[:3]])
+    goal = torch.randn(3, work.windows.shape[1], 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    lower = torch.randn(32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).tril()
+    error = BlockError(streams, block, [goal], lower @ lower.T)
+    layer = block.mlp.down_proj
+    pair = layer.basis.weight.detach().clone(), layer.coefficients.weight.detach().clone().requires_grad_()
+
+    @torch.no_grad()
+    def direct(coefficients):
+        layer.coefficients.weight.copy_(coefficients)
+        missing = (streams.run(block, streams.compressed[0], 0) - goal).reshape(-1, 32)
+        weighed = [(lower.T @ e).square().sum() for e in missing]
+        return float(sum(weighed) / sum((lower.T @ y).square().sum() for y in goal.reshape(-1, 32)))
+
+    start, step = pair[1].detach().clone(), torch.zeros_like(pair[1])
+    assert error.over({}, [0]) == pytest.approx(direct(start), rel=1e-10)
+    error.of({"mlp.down_proj": pair}, 0).backward()
+    step[3, 2] = 1e-4
+    slope = (direct(start + step) - direct(start - step)) / 2e-4
+    assert float(pair[1].grad[3, 2]) == pytest.approx(slope, rel=1e-6)
+
+
+@pytest.mark.parametrize("form", ["grassmann", "free"])
+def test_the_identity_as_a_metric_is_the_plain_norm(trained_state, form):  # noqa: F811
+    results = []
+    for options in ({"metric": "plain"}, {"metric": "gradient", "gradient_shrinkage": 1.0}):
+        model = make_model()
+        model.load_state_dict(trained_state)
+        work = compressed(model)
+        BlockCollaborative(form=form, **FAST, **options).refine_(work)
+        results.append((work.notes, [p.detach().clone() for p in model.parameters()]))
+    (plain, one), (weighed, two) = results
+    for a, b in zip(plain, weighed, strict=True):
+        assert (a["rolled_back"], a["steps"]) == (b["rolled_back"], b["steps"])
+        assert a["reached"] == pytest.approx(b["reached"], rel=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one, two, strict=True))
+    assert any(not notes["rolled_back"] for notes in plain)
+
+
+def weighted_errors(work, dense, grams, shrinkage):
+    """Held-out output error of every block in the metric, from whole blocks side by side and Cholesky roots."""
+    ids, result = work.windows[-2:], []
+    roots = [
+        torch.linalg.cholesky((1 - shrinkage) * g + shrinkage * g.diagonal().mean() * torch.eye(len(g)).double())
+        for g in grams
+    ]
+    with torch.no_grad():
+        goal = TwoStreams.open(dense, dense.model.layers, [ids]).dense[0]
+        streams = TwoStreams.open(work.model, work.model.model.layers, [ids])
+        for block, original, root in zip(work.model.model.layers, dense.model.layers, roots, strict=True):
+            goal = streams.run(original, goal, 0)
+            output = streams.run(block, streams.compressed[0], 0)
+            error, size = (goal - output).double() @ root, goal.double() @ root
+            result.append(float(error.square().sum() / size.square().sum()))
+            streams.advance(block)
+    return result
+
+
+@pytest.mark.parametrize("start", ["whitened", "found"])
+def test_the_weighted_error_falls_on_held_out_windows_or_the_block_is_rolled_back(work, dense, start):
+    """What the notes say is measured here with grams from autograd on the training windows alone."""
+    grams = grams_by_autograd(dense, work.windows[:-2], seed=5)  # a tenth of twenty is held out
+    first = weighted_errors(work, dense, grams, 0.2)[0]
+    options = {"form": "free", "start": start, "metric": "gradient", "gradient_shrinkage": 0.2, "seed": 5}
+    BlockCollaborative(**FAST, **options).refine_(work)
+    assert work.notes[0]["as_found"] == pytest.approx(first, rel=1e-3)
+    for notes in work.notes:
+        floor = min(notes["as_found"], notes.get("layer_wise", torch.inf))
+        assert (notes["reached"] < floor) != notes["rolled_back"]
+        assert ("layer_wise" in notes) == (start == "whitened")
+    assert sum(not notes["rolled_back"] for notes in work.notes) >= 2
+    left = [min(n["as_found"], n.get("layer_wise", 9.0)) if n["rolled_back"] else n["reached"] for n in work.notes]
+    assert weighted_errors(work, dense, grams, 0.2) == pytest.approx(left, rel=1e-3)
+
+
+def test_the_descent_goes_after_the_metric_that_it_was_given(trained_state, dense):  # noqa: F811
+    """With all windows trained on, each metric ends with the lower error of its own kind in the first block."""
+    grams, reached = None, {}
+    for metric in ("plain", "gradient"):
+        model = make_model()
+        model.load_state_dict(trained_state)
+        work = compressed(model)
+        options = {"form": "free", "start": "found", "metric": metric, "gradient_shrinkage": 1e-3}
+        BlockCollaborative(**{**FAST, "free_steps": 100}, **options).refine_(work)
+        grams = grams or grams_by_autograd(dense, work.windows[:-2], seed=0)
+        work.windows[-2:] = work.windows[:2]  # measured on windows that were trained on
+        reached[metric] = [weighted_errors(work, dense, grams, a)[0] for a in (1.0, 1e-3)]
+    assert reached["plain"][0] < reached["gradient"][0]
+    assert reached["gradient"][1] < 0.95 * reached["plain"][1]
+
+
+def test_found_begins_at_the_factors_in_place_to_the_bit(work):
+    before = {name: p.clone() for name, p in work.model.named_parameters()}
+    options = {"form": "free", "start": "found", "free_steps": 3, "free_rate": 1e-30, "batch": 6}
+    BlockCollaborative(**options).refine_(work)
+    assert all(notes["rolled_back"] for notes in work.notes)
+    assert all(torch.equal(p, before[name]) for name, p in work.model.named_parameters())
+
+
+def test_no_gradient_is_left_behind(work):
+    """Dense layers and norms of a block are not trained, and no memory goes into their gradients."""
+    BlockCollaborative(form="free", start="found", free_steps=2, batch=6).refine_(work)
+    assert all(p.grad is None for p in work.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"start": "found"}, "start is found, but the form grassmann ties"),
+        ({"start": "found", "form": "svd"}, r"use block_collaborative\.form=free"),
+        ({"gradient_shrinkage": 1.5}, r"gradient_shrinkage is 1\.5, but must lie in \[0, 1\]"),
+    ],
+)
+def test_bad_options(options, text):
+    with pytest.raises(OptionError, match=text):
+        BlockCollaborative(**options)
