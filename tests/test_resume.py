@@ -1,5 +1,6 @@
 """Kill a run in the middle of a block, run it again: the same bytes; with other options: anew."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -17,6 +18,8 @@ from eckart.work import WorkFolder, fingerprint
 
 TEXT = "A killed run resumes at its block and ends with the same checkpoint, byte for byte. " * 40
 OPTIONS = {"steps": 6, "batch": 4, "check_every": 2, "rate": 3e-3}
+FOUND = {"form": "free", "start": "found", "free_steps": 6, "free_rate": 3e-3}
+WEIGHED = {**FOUND, "metric": "gradient"}
 
 
 @pytest.fixture
@@ -28,8 +31,9 @@ def folder(tmp_path):
     return tmp_path
 
 
-def compress(folder, out, work, progress=lambda stage, done, total: None, **changes):
-    recipe = Recipe("mine", "svd_llm", "uniform", ("block_collaborative",), {"block_collaborative": OPTIONS | changes})
+def compress(folder, out, work, progress=lambda stage, done, total: None, refiner="block_collaborative", **changes):
+    options = {refiner: {**(OPTIONS if refiner == "block_collaborative" else {}), **changes}}
+    recipe = Recipe("mine", "svd_llm", "uniform", (refiner,), options)
     return eckart.compress(
         str(folder / "dense"),
         recipe=recipe,
@@ -42,13 +46,13 @@ def compress(folder, out, work, progress=lambda stage, done, total: None, **chan
 
 
 class Watch:
-    """Counts the steps of the descent, and ends the run at one of them."""
+    """Counts the steps of the descent, or of another stage, and ends the run at one of them."""
 
-    def __init__(self, stop_at=None):
-        self.steps, self.stop_at = [], stop_at
+    def __init__(self, stop_at=None, stage="collaborate"):
+        self.steps, self.stop_at, self.stage = [], stop_at, stage
 
     def __call__(self, stage, done, total):
-        if stage == "collaborate":
+        if stage == self.stage:
             self.steps.append(done)
             if done == self.stop_at:
                 raise KeyboardInterrupt
@@ -60,14 +64,15 @@ def assert_same(one, two):
     assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
 
 
-def test_a_run_stopped_in_block_2_resumes_there_with_the_same_bytes(folder):
+@pytest.mark.parametrize("options", [{}, WEIGHED], ids=["tied", "weighed"])
+def test_a_run_stopped_in_block_2_resumes_there_with_the_same_bytes(folder, options):
     whole, stopped, resumed = Watch(), Watch(stop_at=2 * 6 + 3), Watch()
-    compress(folder, "whole", None, whole)
+    compress(folder, "whole", None, whole, **options)
     with pytest.raises(KeyboardInterrupt):
-        compress(folder, "resumed", "work", stopped)
+        compress(folder, "resumed", "work", stopped, **options)
     assert not (folder / "resumed").exists()
     assert len(list((folder / "work").glob("*/*.json"))) == 2
-    compress(folder, "resumed", "work", resumed)
+    compress(folder, "resumed", "work", resumed, **options)
     assert whole.steps[:12] == list(range(1, 13))
     assert resumed.steps == whole.steps[12:]  # block 2 from its first step, nothing before
     assert_same(folder / "whole", folder / "resumed")
@@ -82,6 +87,38 @@ def test_changed_options_start_anew_beside_the_old_work(folder):
     assert len(other.steps) == 24
     assert len(list((folder / "work").iterdir())) == 2
     assert_same(folder / "one", folder / "again")
+
+
+def test_start_metric_and_shrinkage_are_part_of_what_the_work_depends_on(folder):
+    variants = ({"form": "free", "free_steps": 6}, FOUND, WEIGHED, {**WEIGHED, "gradient_shrinkage": 0.3})
+    for number, options in enumerate(variants, 1):
+        compress(folder, f"out-{number}", "work", **options)
+        assert len(list((folder / "work").iterdir())) == number
+    weights = {(folder / f"out-{number}" / "model.safetensors").read_bytes() for number in range(1, 5)}
+    assert len(weights) == 4
+
+
+@pytest.mark.parametrize(
+    ("refiner", "stage", "closed_form"),
+    [("alternating", "alternate", "regress"), ("sequential_update", "update", "correction")],
+)
+def test_refiners_without_gradients_resume_at_their_block(folder, monkeypatch, refiner, stage, closed_form):
+    module, calls = importlib.import_module(f"eckart.refiners.{refiner}"), []
+    original = getattr(module, closed_form)
+    monkeypatch.setattr(module, closed_form, lambda *args: calls.append(1) or original(*args))
+    made = compress(folder, "whole", None, refiner=refiner)
+    whole = len(calls)
+    with pytest.raises(KeyboardInterrupt):
+        compress(folder, "resumed", "work", Watch(stop_at=3, stage=stage), refiner=refiner)
+    assert len(calls) == whole + whole * 3 // 4
+    assert len(list((folder / "work").glob("*/*.json"))) == 3
+    resumed = compress(folder, "resumed", "work", refiner=refiner)
+    assert len(calls) == 2 * whole  # three blocks before, one after
+    assert resumed.provenance.get("refinement") == made.provenance.get("refinement")
+    assert_same(folder / "whole", folder / "resumed")
+    compress(folder, "other", "work", refiner=refiner, damping=1e-4)
+    assert len(calls) == 3 * whole
+    assert len(list((folder / "work").iterdir())) == 2
 
 
 KILLED = """

@@ -1,8 +1,8 @@
 """Alternating: closed-form regressions against the block's output, matrix after matrix; no gradient."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, final
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from eckart.block_descent import BlockError
 from eckart.block_factors import factors_of, put_, refinable, split_windows
+from eckart.block_work import BlockWork
 from eckart.errors import NumericalError, OptionError
 from eckart.linalg import DAMPING
 from eckart.linear import FactorizedLinear
@@ -55,29 +56,48 @@ class Alternating(Refiner):
     @torch.no_grad()
     def refine_(self, work: Refinement) -> None:
         batches, train, held_out = split_windows(work.windows, self.batch, self.held_out)
+        finished = BlockWork(work, "alternating", asdict(self))
         blocks, able = work.layout.block_list(work.model), refinable(work)
         streams = TwoStreams.open(work.model, blocks, batches)
         for index, block in track(enumerate(blocks), "alternate", len(blocks), work.progress):
             targets = [target for target in work.layout.targets if target.block == index]
             goals = streams.goals(block, work.dense_weights, targets, self.target)
-            error = BlockError(streams, block, goals)
-            before = lowest = error.over({}, held_out)
-            if not before < torch.inf:
-                raise NumericalError(f"block {index}: its output holds NaN or infinity before any step.")
-            kept = tried = 0
-            for stage in stages(streams, block, targets) * self.sweeps:
-                chosen = [target for target in stage if target.name in able]
-                if not chosen:
-                    continue
-                old, tried = factors_of(block, chosen), tried + 1
-                self._step(work, streams, block, stage, chosen, goals, train)
-                now = error.over({}, held_out)
-                if now < lowest:
-                    lowest, kept = now, kept + 1
-                else:
-                    put_(block, old)
-            work.notes.append(_notes(index, before, lowest, kept, tried))
+            notes = finished.restore_(index, block)
+            if notes is None:
+                notes = self._regress(work, streams, block, targets, able, goals, (train, held_out))
+                finished.keep(index, factors_of(block, [t for t in targets if t.name in able]), notes)
+            work.notes.append(notes)
             streams.advance(block)
+
+    def _regress(
+        self,
+        work: Refinement,
+        streams: TwoStreams,
+        block: nn.Module,
+        targets: Sequence[Target],
+        able: Collection[str],
+        goals: Sequence[Tensor],
+        parts: tuple[Sequence[int], Sequence[int]],
+    ) -> dict[str, Any]:
+        """Try every step on one block, keep those that gain, and return its notes; `parts` train and are held out."""
+        train, held_out = parts
+        error = BlockError(streams, block, goals)
+        before = lowest = error.over({}, held_out)
+        if not before < torch.inf:
+            raise NumericalError(f"block {streams.position}: its output holds NaN or infinity before any step.")
+        kept = tried = 0
+        for stage in stages(streams, block, targets) * self.sweeps:
+            chosen = [target for target in stage if target.name in able]
+            if not chosen:
+                continue
+            old, tried = factors_of(block, chosen), tried + 1
+            self._step(work, streams, block, stage, chosen, goals, train)
+            now = error.over({}, held_out)
+            if now < lowest:
+                lowest, kept = now, kept + 1
+            else:
+                put_(block, old)
+        return _notes(streams.position, before, lowest, kept, tried)
 
     def _step(
         self,
