@@ -72,7 +72,7 @@ def compress(
             size=size,
             max_kl=max_kl,
             rank_multiple=rank_multiple,
-            options={**with_recovery(recipe, recover), **parse_options(option)},
+            options=with_recovery(recipe, parse_options(option)) if recover else parse_options(option),
             plan=plan,
             calibration=eckart.Calibration(data, windows, length, seed, unescape(join), bos),
             include=include,
@@ -96,8 +96,10 @@ def compress(
     terminal.out.print(f"Checkpoint: {out}")
 
 
-def with_recovery(recipe: str, recover: bool) -> dict[str, str]:
-    """The option that puts `recover` after the refiners of a recipe; nothing without it."""
+def with_recovery(recipe: str, options: dict[str, str]) -> dict[str, str]:
+    """The options with `recover` behind the refiners that they, or else the recipe, name."""
     from eckart.recipes import find  # imports torch
 
-    return {"refiners": ",".join([*find(recipe).refiners, "recover"])} if recover else {}
+    others = {key: value for key, value in options.items() if key != "refiners"}
+    refiners = find(recipe, {key: value for key, value in options.items() if key == "refiners"}).refiners
+    return {"refiners": ",".join(refiners if "recover" in refiners else (*refiners, "recover")), **others}
