@@ -34,16 +34,20 @@ def refinable(work: Refinement) -> frozenset[str]:
     return frozenset(name for name in plain_pairs(work) if readers[id(layers[name].basis.weight)] == 1)
 
 
-def split_windows(windows: Tensor, size: int, held_out: float) -> tuple[list[Tensor], list[int], list[int]]:
+def split_windows(
+    windows: Tensor, size: int, held_out: float, unseen: Tensor | None = None
+) -> tuple[list[Tensor], list[int], list[int]]:
     """Batches of windows `[batch, length]`, and the numbers of those to train on and of those held out.
 
-    The last `ceil(held_out * windows)` windows are held out. Raises `DataError` for fewer than two windows.
+    The `unseen` windows are held out where there are any, else the last `ceil(held_out * windows)`. Raises
+    `DataError` for fewer than two windows.
     """
-    aside = ceil(held_out * len(windows))
-    if len(windows) < 2 or aside >= len(windows):
-        raise DataError(f"{len(windows)} windows, but a share must be held out; calibrate on two at least.")
-    train = torch.split(windows[: len(windows) - aside], size)
-    rest = torch.split(windows[len(windows) - aside :], size)
+    if unseen is None or not len(unseen):
+        aside = ceil(held_out * len(windows))
+        if len(windows) < 2 or aside >= len(windows):
+            raise DataError(f"{len(windows)} windows, but a share must be held out; calibrate on two at least.")
+        windows, unseen = windows[: len(windows) - aside], windows[len(windows) - aside :]
+    train, rest = torch.split(windows, size), torch.split(unseen, size)
     return [*train, *rest], list(range(len(train))), list(range(len(train), len(train) + len(rest)))
 
 

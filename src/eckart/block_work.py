@@ -42,4 +42,5 @@ class BlockWork:
 
 def _key(work: Refinement, facts: Mapping[str, Any]) -> str:
     tensors = [*state_of(work.model), *sorted(work.dense_weights.items()), ("windows", work.windows)]
+    tensors += [] if work.unseen is None else [("unseen", work.unseen)]
     return fingerprint({**facts, "plan": Plan(work.plan.entries).to_dict(), "versions": versions()}, tensors)

@@ -41,7 +41,8 @@ class BlockCollaborative(Refiner):
     matrices of its block were replaced; without, from the inputs of the dense block.
 
     `start` "found" begins at the factors that are in place, whatever made them, instead of whitened
-    ones; only the form "free" can. `metric` "gradient" weighs the output error by the Fisher information
+    ones; only the form "free" can. Whatever made them has seen all windows, so text that no statistic has
+    seen is held out instead, where there is some. `metric` "gradient" weighs the output error by the Fisher information
     of the dense model's residual stream there (`eckart.residual_metric`), with the shrinkage a =
     `gradient_shrinkage` of that matrix towards its mean diagonal; 1 is the plain norm.
 
@@ -88,7 +89,8 @@ class BlockCollaborative(Refiner):
             )
 
     def refine_(self, work: Refinement) -> None:
-        batches, train, held_out = split_windows(work.windows, self.batch, self.held_out)
+        unseen = work.unseen if self.start == "found" else None
+        batches, train, held_out = split_windows(work.windows, self.batch, self.held_out, unseen)
         finished = BlockWork(work, "block_collaborative", asdict(self))
         metrics: list[Tensor] | None = None
         if self.metric == "gradient":  # of the training windows: what is held out trains nothing
