@@ -168,24 +168,30 @@ def run(bench: Bench, keep: float, measured: Sequence[float], work: Path, levels
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Predicted against measured KL of whole plans, one point each."""
+    """Predicted against measured KL of whole plans, one point each, in a panel for each resting share."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.5, 5))
-    axes = figure.add_subplot()
-    points = [(n, r["predicted_kl"], r["kl"]) for n, r in report["rows"].items() if "predicted_kl" in r]
-    axes.plot([0, 1.1], [0, 1.1], color="grey", linewidth=1, linestyle="--", label="prediction = measurement")
-    for name, expected, found in points:
-        plain = not name.startswith(("both", "columns", "compensated"))
-        axes.scatter(expected, found, color="C0" if plain else "C1", zorder=3)
-        side = (6, -3) if plain else (6, 3)
-        axes.annotate(name, (expected, found), xytext=side, textcoords="offset points", fontsize=6)
-    axes.set_ylim(0, 1.1)
-    axes.set_xlim(min(x for _, x, _ in points) - 0.05, 1.45)
-    axes.legend(fontsize=7, loc="upper left")
-    axes.set_xlabel("predicted KL, nats per token (separable, around uniform)")
-    axes.set_ylabel("measured KL, nats per token")
-    axes.set_title("Plans: blue without, orange with preserved columns", fontsize=9)
+    figure = Figure(figsize=(9, 4.5))
+    for number, around in enumerate((0.8, 0.6), 1):
+        axes = figure.add_subplot(1, 2, number)
+        points = {
+            name.removeprefix(f"near {around} "): (row["predicted_kl"], row["kl"])
+            for name, row in report["rows"].items()
+            if "predicted_kl" in row and (row.get("curves_around") == around or f" {around}" in name)
+        }
+        high = 1.1 * max(found for _, found in points.values())
+        axes.plot([0, high], [0, high], color="grey", linewidth=1, linestyle="--", label="prediction = measurement")
+        for name, (expected, found) in points.items():
+            columns = name.startswith(("both", "columns", "compensated"))
+            axes.scatter(expected, found, color="C1" if columns else "C0", zorder=3)
+            side, where = ("right", -6) if columns else ("left", 6)
+            axes.annotate(name, (expected, found), (where, -2), textcoords="offset points", fontsize=6, ha=side)
+        axes.set_ylim(0, high)
+        axes.set_xlim(min(x for x, _ in points.values()) - 0.75 * high, 1.3 * high)
+        axes.legend(fontsize=7, loc="lower right")
+        axes.set_xlabel("predicted KL, nats per token (separable)")
+        axes.set_ylabel("measured KL, nats per token")
+        axes.set_title(f"Curves around {around}: blue without, orange with kept columns", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
