@@ -51,11 +51,15 @@ def read_rows(results: Path) -> tuple[Rows, dict[str, float]]:
     stored = json.loads((results / "recipes.json").read_text())["rows"]
     for key, row in stored.items():
         put_row(rows, key, {corpus: row[corpus]["perplexity"] for corpus in CORPORA}, row)
-    for key, row in read(results / "duo_svd.json").items():
+    duo = json.loads((results / "duo_svd.json").read_text())
+    for key, row in duo["rows"].items():
         name = {"both": "duo-svd", "both compensated": "duo-svd, compensated"}.get(key.rpartition(" ")[0])
         if name and "perplexity_python_docs" in row:
             perplexity = {CORPORA[0]: row["perplexity"], CORPORA[1]: row["perplexity_python_docs"]}
-            put_row(rows, f"{name} {key.rpartition(' ')[2]}", perplexity, {})
+            keep = key.rpartition(" ")[2]
+            measuring = sum(run["seconds"] for run in duo["sensitivity"].get(keep, []))
+            seconds = {"seconds": duo["seconds_decompose"] + measuring + row["seconds_settle"]}
+            put_row(rows, f"{name} {keep}", perplexity, seconds)
     for label, row in read(results / "lc_svd.json").items():
         key = label.partition(" [")[0]  # behind which are the options that were not the defaults
         name = {"collaboration": "lc-svd-fixed", "search and collaboration": "lc-svd"}.get(key.rpartition(" ")[0])
