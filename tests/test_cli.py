@@ -210,6 +210,22 @@ def test_every_command_has_json_verbose_and_an_example_that_parses(monkeypatch, 
         assert "Example:" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["report", "compare"])
+def test_who_evaluates_with_an_option_can_report_and_compare_with_it(name):
+    """Tasks are left to `eval`, whose results the two read."""
+    from eckart._cli.app import commands
+
+    def options(command):
+        found = {option.name: option for option in commands().commands[command].params}
+        return {key: (option.opts, option.default, option.help) for key, option in found.items()}
+
+    wanted = options("eval").keys() - {"model", "tasks", "include_path", "limit", "data", "against"}
+    mine, theirs = options(name), options("eval")
+    assert {"windows", "length", "seed", "join", "bos", "mean", "device", "dtype"} <= wanted
+    assert {key: mine.get(key) for key in wanted} == {key: theirs[key] for key in wanted}
+    assert {"data", "against"} <= mine.keys()
+
+
 @pytest.mark.parametrize(
     ("argv", "text"),
     [

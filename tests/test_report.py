@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from html import unescape
 from pathlib import Path
@@ -30,6 +31,7 @@ def made(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         eckart.compress("dense", recipe="eckart", keep=0.6, calibration=TEXT, out="small")
+        shutil.copytree("small", "again")
         result = eckart.evaluate("small", against="dense", data_specs=["text.txt"], windows=3, length=24)
         (folder / "eval.json").write_text(json.dumps(result))
     return folder
@@ -109,6 +111,31 @@ def test_it_measures_and_lets_both_write(at):
     expected = tokenizer.decode(ids[0, -3:], skip_special_tokens=True)
     assert sample["compressed"].startswith(expected)
     assert sample["dense"] != sample["compressed"]
+
+
+def test_a_protocol_of_ones_own_is_measured_as_evaluate_measures_it(at, monkeypatch, capsys):
+    """Every option leaves its mark on the figures, and the two commands say the same."""
+    text = ["--against", "dense", "--data", "text.txt", "--length", "24"]
+    own = ["--join", r"\n", "--bos", "none", "--mean", "window", "--dtype", "bfloat16"]
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["eckart", *words, "--json"])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        said = capsys.readouterr()
+        assert caught.value.code == 0, said.err
+        return json.loads(said.out)
+
+    reported = run("report", "small", "--out", "own.html", *text, *own)["evaluations"][0]["results"]
+    evaluated, usual = (run("eval", "small", *text, *more)["results"] for more in (own, []))
+    assert reported == evaluated
+    protocol = {key: reported[0]["protocol"][key] for key in ("join", "bos", "mean", "dtype")}
+    assert protocol == {"join": "\n", "bos": "none", "mean": "window", "dtype": "bfloat16"}
+    assert reported[0]["perplexity"] != usual[0]["perplexity"]
+    compared = eckart.compare(
+        ["small", "again"], data_specs=["text.txt"], length=24, join="\n", bos="none", mean="window", dtype="bfloat16"
+    )
+    assert compared["models"][1]["perplexities"]["text.txt"]["perplexity"] == reported[0]["perplexity"]
 
 
 def test_a_hostile_text_stays_text(at, monkeypatch):

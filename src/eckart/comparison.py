@@ -1,6 +1,7 @@
 """`compare`: several checkpoints in one table, with those that nothing beats, under one protocol or not at all."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from math import log
 from pathlib import Path
@@ -10,7 +11,7 @@ from eckart import charts
 from eckart import results as stored
 from eckart.errors import OptionError
 from eckart.files import write_text
-from eckart.measure import evaluate
+from eckart.measure import Mean, evaluate
 from eckart.pages import render
 from eckart.progress import Progress, silent
 from eckart.report_facts import summary
@@ -27,7 +28,11 @@ def compare(
     windows: int | None = None,
     length: int = 2048,
     seed: int | None = None,
+    join: str = "\n\n",
+    bos: str = "start",
+    mean: Mean = "token",
     device: str = "cpu",
+    dtype: str = "auto",
     out: str | Path | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -44,9 +49,21 @@ def compare(
         if not any(stored.is_about(result, folder) for folder in folders):
             raise OptionError(f"{path}: is about {result.get('model')}, which is none of the models compared.")
     if data_specs:
-        protocol: dict[str, Any] = {"windows": windows, "length": length, "seed": seed, "device": device}
-        for folder in folders:
-            found.append(evaluate(folder, against=against, data_specs=data_specs, progress=progress, **protocol))
+        measure = partial(
+            evaluate,
+            against=against,
+            data_specs=data_specs,
+            windows=windows,
+            length=length,
+            seed=seed,
+            join=join,
+            bos=bos,
+            mean=mean,
+            device=device,
+            dtype=dtype,
+            progress=progress,
+        )
+        found += [measure(folder) for folder in folders]
     rows = [_row(folder, found) for folder in folders]
     check_protocols(rows)
     for plot, cost in (("size", _bytes), ("speed", _slowness)):

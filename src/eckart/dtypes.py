@@ -1,9 +1,14 @@
 """Which dtype a model is stored in and which it computes in."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
 from eckart.errors import OptionError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -18,6 +23,11 @@ def named(dtype: str) -> torch.dtype | None:
 def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     """Half precision is computed in float32 on a CPU, where it is many times slower."""
     return torch.float32 if device.type == "cpu" and stored.itemsize < 4 else stored
+
+
+def compute_in_(model: "PreTrainedModel", dtype: str) -> None:
+    """Cast a loaded model to the dtype of a name, or for "auto" to the one it computes in by `compute_dtype`."""
+    cast_(model, named(dtype) or compute_dtype(model.dtype, model.device))
 
 
 def cast_(model: nn.Module, dtype: torch.dtype) -> None:

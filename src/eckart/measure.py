@@ -168,7 +168,7 @@ def _measure(
     """Load the model if it is a name, measure every corpus and task, let it go."""
     if isinstance(model, str | Path):
         loaded = checkpoint.load_model(str(model), device=device)
-        dtypes.cast_(loaded, dtypes.named(dtype) or dtypes.compute_dtype(loaded.dtype, loaded.device))
+        dtypes.compute_in_(loaded, dtype)
     else:
         loaded = model
     loaded.eval()

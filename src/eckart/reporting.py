@@ -1,6 +1,7 @@
 """`report`: one self-contained page about a checkpoint, from what it says of itself, stored results, and new ones."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from eckart import results as stored
 from eckart import samples
 from eckart.errors import OptionError
 from eckart.files import write_text
-from eckart.measure import evaluate
+from eckart.measure import Mean, evaluate
 from eckart.progress import Progress, silent
 from eckart.report_facts import gather
 from eckart.report_page import page
@@ -27,7 +28,11 @@ def report(
     windows: int | None = None,
     length: int = 2048,
     seed: int | None = None,
+    join: str = "\n\n",
+    bos: str = "start",
+    mean: Mean = "token",
     device: str = "cpu",
+    dtype: str = "auto",
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write the report of the checkpoint `folder` to `out` (`folder`/report.html) and return its facts as plain data.
@@ -55,14 +60,18 @@ def report(
                 windows=windows,
                 length=length,
                 seed=seed,
+                join=join,
+                bos=bos,
+                mean=mean,
                 device=device,
+                dtype=dtype,
                 progress=progress,
             )
         )
     facts |= {
         "evaluations": [result for result in found if result["format"] == stored.EVAL],
         "benches": [result for result in found if result["format"] == stored.BENCH],
-        "samples": _samples(folder, against, prompts, device, progress) if against or prompts else None,
+        "samples": _samples(folder, against, prompts, device, dtype, progress) if against or prompts else None,
     }
     path = Path(folder) / NAME if out is None else Path(out)
     write_text(path, page(facts))
@@ -70,16 +79,15 @@ def report(
 
 
 def _samples(
-    folder: str | Path, against: str | None, prompts: Sequence[str], device: str, progress: Progress
+    folder: str | Path, against: str | None, prompts: Sequence[str], device: str, dtype: str, progress: Progress
 ) -> dict[str, Any]:
     """What the models write after each prompt."""
     asked = list(prompts) or list(samples.PROMPTS)
     progress("sample", 0, 2)
-    dense: Sequence[str | None] = (
-        [None] * len(asked) if against is None else samples.write(against, asked, device=device)
-    )
+    write = partial(samples.write, prompts=asked, device=device, dtype=dtype)
+    dense: Sequence[str | None] = [None] * len(asked) if against is None else write(against)
     progress("sample", 1, 2)
-    compressed = samples.write(folder, asked, device=device)
+    compressed = write(folder)
     progress("sample", 2, 2)
     rows = zip(asked, dense, compressed, strict=True)
     texts = [{"prompt": prompt, "dense": one, "compressed": other} for prompt, one, other in rows]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from eckart import checkpoint
+from eckart import checkpoint, dtypes
 
 PROMPTS = ("The lifetime of a variable in Python", "The capital of France is", "Once upon a time, in a village")
 NEW_TOKENS = 40
@@ -13,10 +13,16 @@ NEW_TOKENS = 40
 
 @torch.inference_mode()
 def write(
-    model: str | Path, prompts: Sequence[str] = PROMPTS, *, new_tokens: int = NEW_TOKENS, device: str = "cpu"
+    model: str | Path,
+    prompts: Sequence[str] = PROMPTS,
+    *,
+    new_tokens: int = NEW_TOKENS,
+    device: str = "cpu",
+    dtype: str = "auto",
 ) -> list[str]:
     """The greedy continuation of each prompt, at most `new_tokens` tokens long, by the model of a name or folder."""
     loaded, tokenizer = checkpoint.load_model(str(model), device=device), checkpoint.load_tokenizer(model)
+    dtypes.compute_in_(loaded, dtype)
     texts = []
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(loaded.device)

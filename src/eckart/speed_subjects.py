@@ -67,7 +67,7 @@ def load(model: str, dtype: str, device: str, threads: int | None) -> Subject:
     if (Path(model) / GRAPH).is_file():
         return OnnxSubject(model, threads)
     loaded = checkpoint.load_model(model, device=device)
-    dtypes.cast_(loaded, dtypes.named(dtype) or dtypes.compute_dtype(loaded.dtype, loaded.device))
+    dtypes.compute_in_(loaded, dtype)
     return TorchSubject(loaded)
 
 

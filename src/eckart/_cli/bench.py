@@ -8,7 +8,7 @@ import typer
 import eckart
 from eckart import _terminal as terminal
 from eckart._cli.app import app, print_json
-from eckart._cli.options import Device, Json, Model
+from eckart._cli.options import ComputeDtype, Device, Json, Model
 
 
 @app.command()
@@ -21,7 +21,7 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Turns of each model; the median is given.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU; torch's number without it.")] = None,
     device: Device = "cpu",
-    dtype: Annotated[str, typer.Option(help="Computing dtype: auto, float32, bfloat16, float16.")] = "auto",
+    dtype: ComputeDtype = "auto",
     int8: Annotated[bool, typer.Option("--int8", help="Export both to ONNX with int8 first, and time that.")] = False,
     graphs: Annotated[Path | None, typer.Option(help="With --int8: keep the exported graphs in this folder.")] = None,
     as_json: Json = False,

@@ -8,7 +8,21 @@ import typer
 import eckart
 from eckart import _terminal as terminal
 from eckart._cli.app import app, print_json
-from eckart._cli.options import Against, Device, Json, Length, MeasureOn, MeasureWindows, Results, Seed
+from eckart._cli.options import (
+    Against,
+    Bos,
+    ComputeDtype,
+    Device,
+    Join,
+    Json,
+    Length,
+    Mean,
+    MeasureOn,
+    MeasureWindows,
+    Results,
+    Seed,
+    unescape,
+)
 
 
 @app.command()
@@ -20,7 +34,11 @@ def compare(
     windows: MeasureWindows = None,
     length: Length = 2048,
     seed: Seed = None,
+    join: Join = "\\n\\n",
+    bos: Bos = "start",
+    mean: Mean = "token",
     device: Device = "cpu",
+    dtype: ComputeDtype = "auto",
     out: Annotated[Path | None, typer.Option(help="Write a page with the table and the plots, too (.html).")] = None,
     as_json: Json = False,
 ) -> None:
@@ -39,7 +57,11 @@ def compare(
             windows=windows,
             length=length,
             seed=seed,
+            join=unescape(join),
+            bos=bos,
+            mean=mean,  # type: ignore[arg-type]  # checked there, with a better message
             device=device,
+            dtype=dtype,
             out=out,
             progress=progress,
         )

@@ -8,7 +8,19 @@ import typer
 import eckart
 from eckart import _terminal as terminal
 from eckart._cli.app import app, print_json
-from eckart._cli.options import Bos, Device, Join, Json, Length, Model, Seed, unescape
+from eckart._cli.options import (
+    Bos,
+    ComputeDtype,
+    Device,
+    Join,
+    Json,
+    Length,
+    Mean,
+    MeasureWindows,
+    Model,
+    Seed,
+    unescape,
+)
 
 
 @app.command(name="eval")
@@ -25,16 +37,14 @@ def evaluate(
     ] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with more tasks, as the harness's YAML.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many documents of each task.")] = None,
-    windows: Annotated[int | None, typer.Option(min=1, help="Windows per corpus; the whole text without it.")] = None,
+    windows: MeasureWindows = None,
     length: Length = 2048,
     seed: Seed = None,
     join: Join = "\\n\\n",
     bos: Bos = "start",
-    mean: Annotated[
-        str, typer.Option(help="token (of the field) or window (D-Rank's, keeps the short tail).")
-    ] = "token",
+    mean: Mean = "token",
     device: Device = "cpu",
-    dtype: Annotated[str, typer.Option(help="Computing dtype: auto, float32, bfloat16, float16.")] = "auto",
+    dtype: ComputeDtype = "auto",
     as_json: Json = False,
 ) -> None:
     """Perplexity and tasks, dense beside compressed, under one stated protocol.

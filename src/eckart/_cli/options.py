@@ -38,6 +38,7 @@ Include = Annotated[list[str], typer.Option(help="Only linears that match this p
 Exclude = Annotated[list[str], typer.Option(help="Leave linears that match this pattern. Repeatable.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="Stored dtype: auto (the checkpoint's), float32, bfloat16, float16.")]
+ComputeDtype = Annotated[str, typer.Option("--dtype", help="Computing dtype: auto, float32, bfloat16, float16.")]
 Work = Annotated[
     Path | None, typer.Option(help="Folder for finished pieces of a long run; the same command resumes there.")
 ]
@@ -45,6 +46,9 @@ Against = Annotated[str | None, typer.Option(help="The dense model: measured bes
 MeasureOn = Annotated[list[str], typer.Option("--data", help="Measure perplexity on this text. Repeatable.")]
 MeasureWindows = Annotated[
     int | None, typer.Option("--windows", min=1, help="Windows per corpus; the whole text without it.")
+]
+Mean = Annotated[
+    str, typer.Option(help="Of perplexity: token (of the field) or window (D-Rank's, keeps the short tail).")
 ]
 Results = Annotated[
     list[Path], typer.Option(help="What `eckart eval --json` or `eckart bench --json` printed. Repeatable.")

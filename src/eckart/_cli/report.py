@@ -8,7 +8,21 @@ import typer
 import eckart
 from eckart import _terminal as terminal
 from eckart._cli.app import app, print_json
-from eckart._cli.options import Against, Device, Json, Length, MeasureOn, MeasureWindows, Results, Seed
+from eckart._cli.options import (
+    Against,
+    Bos,
+    ComputeDtype,
+    Device,
+    Join,
+    Json,
+    Length,
+    Mean,
+    MeasureOn,
+    MeasureWindows,
+    Results,
+    Seed,
+    unescape,
+)
 
 
 @app.command()
@@ -22,7 +36,11 @@ def report(
     windows: MeasureWindows = None,
     length: Length = 2048,
     seed: Seed = None,
+    join: Join = "\\n\\n",
+    bos: Bos = "start",
+    mean: Mean = "token",
     device: Device = "cpu",
+    dtype: ComputeDtype = "auto",
     as_json: Json = False,
 ) -> None:
     """Write one self-contained HTML page about a checkpoint: ledger, ranks, spectra, losses, samples, speed.
@@ -42,7 +60,11 @@ def report(
             windows=windows,
             length=length,
             seed=seed,
+            join=unescape(join),
+            bos=bos,
+            mean=mean,  # type: ignore[arg-type]  # checked there, with a better message
             device=device,
+            dtype=dtype,
             progress=progress,
         )
     if as_json:
