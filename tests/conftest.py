@@ -1,7 +1,7 @@
 """What all tests share: tiny models, dense and factorised, a tokenizer and token ids."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warns when a test forks
 # Tiny matrices gain nothing from threads, and two test workers with two threads each wait for one another.
@@ -14,6 +14,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from eckart.discovery import discover
 from eckart.linear import factorize_, share_basis_, weight_view
 from eckart.testing import tiny_models, tiny_tokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The user's caches are not for tests: neither `~/.cache/eckart` nor the code of checkpoints that is trusted."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ECKART_CACHE", str(folder / "eckart"))
+        patch.setenv("HF_MODULES_CACHE", str(folder / "modules"))  # for processes that tests start
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder / "modules"))
+        yield
 
 
 @pytest.fixture(scope="session")

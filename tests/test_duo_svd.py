@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import eckart
+from eckart.demo_assets import cache_folder
 from eckart.linear import KeptColumnsLinear
 from eckart.plans import Plan
 from eckart.testing import tiny_models, tiny_tokenizer
@@ -22,14 +23,13 @@ def text(tmp_path: Path) -> str:
 
 
 def compress(text: str, tmp_path: Path, **options: Any) -> eckart.Compression:
-    settings = {"recipe": "duo-svd", "keep": 0.6, **options}
+    settings = {"recipe": "duo-svd", "keep": 0.6, "work": tmp_path / "work", **options}
     if settings["recipe"] == "duo-svd":
         settings["options"] = {"allocator.windows": 2, "allocator.length": 16, **settings.get("options", {})}
     return eckart.compress(
         tiny_models()["llama"](),
         tokenizer=tiny_tokenizer(),
         calibration=eckart.Calibration(text, windows=16, length=32),
-        work=tmp_path / "work",
         **settings,
     )
 
@@ -55,6 +55,18 @@ def test_a_second_run_finds_its_measurements(text: str, tmp_path: Path, monkeypa
     assert compress(text, tmp_path).plan == first.plan
     with pytest.raises(TypeError):
         compress(text, tmp_path, keep=0.7)  # another target has to be measured
+
+
+def test_without_a_work_folder_the_journal_is_in_the_cache_and_never_in_the_users_own(
+    text: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cache_folder().is_relative_to(tmp_path_factory.getbasetemp())  # what tests/conftest.py sees to
+    monkeypatch.setenv("ECKART_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    compress(text, tmp_path, work=None)
+    assert len(list((tmp_path / "cache" / "work").glob("sensitivity-*.jsonl"))) == 1
+    assert not (tmp_path / "home").exists()
 
 
 def test_published_budget_may_exceed_and_says_so(text: str, tmp_path: Path) -> None:
