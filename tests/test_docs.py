@@ -142,6 +142,8 @@ def test_the_page_of_commands_is_what_the_commands_say():
     assert (DOCS / "cli.md").read_text() == made.stdout, "run: scripts/cli-page > docs/cli.md"
 
 
-def test_the_extra_builds_the_site():
+def test_the_check_builds_the_site_with_what_the_extra_brings():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert any(requirement.startswith("zensical") for requirement in extras["docs"])
+    assert any(re.fullmatch(r"eckart\[.*\bdocs\b.*\]", requirement) for requirement in extras["dev"])
+    assert "zensical build --strict" in (ROOT / "scripts" / "check").read_text()
