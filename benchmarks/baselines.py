@@ -21,8 +21,9 @@ import torch
 
 from eckart import checkpoint, recipes
 from eckart.data import load_windows
-from eckart.decomposing import decompose, factorize_group_
+from eckart.decomposing import decompose
 from eckart.discovery import discover
+from eckart.factorizing import factorize_group_
 from eckart.files import write_text
 from eckart.ledger import make_ledger
 from eckart.linear import swap_

@@ -18,9 +18,10 @@ from torch import nn
 
 from eckart import checkpoint, recipes
 from eckart.data import load_windows
-from eckart.decomposing import decompose, factorize_group_
+from eckart.decomposing import decompose
 from eckart.density import with_figures
 from eckart.discovery import discover
+from eckart.factorizing import factorize_group_
 from eckart.ledger import make_ledger
 from eckart.linear import swap_, weight_view
 from eckart.measure import perplexity

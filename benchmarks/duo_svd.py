@@ -24,10 +24,11 @@ from eckart.allocators.knapsack import Knapsack
 from eckart.allocators.uniform import Uniform
 from eckart.curve_fit import filled
 from eckart.data import load_windows
-from eckart.decomposing import decompose, factorize_group_
+from eckart.decomposing import decompose
 from eckart.discovery import Layout, discover
 from eckart.factorizers.column_preserving import ColumnDecomposition, ColumnPreserving
 from eckart.factorizers.svd_llm import SVDLLM
+from eckart.factorizing import factorize_group_
 from eckart.files import write_text
 from eckart.ledger import make_ledger
 from eckart.linear import swap_

@@ -20,9 +20,10 @@ from torch import nn
 
 from eckart import checkpoint
 from eckart.discovery import discover
+from eckart.factorizing import factorize_
 from eckart.files import write_text
 from eckart.ledger import largest_rank, share
-from eckart.linear import factorize_, weight_view
+from eckart.linear import weight_view
 from eckart.pivot import interpolate, pivoted
 from eckart.provenance import versions
 from eckart.storage import store_

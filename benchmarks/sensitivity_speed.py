@@ -21,8 +21,9 @@ from eckart.data import load_windows
 from eckart.decomposing import decompose
 from eckart.discovery import discover
 from eckart.factorizers.svd_llm import SVDLLM
+from eckart.factorizing import factorize_
 from eckart.files import write_text
-from eckart.linear import factorize_, swap_
+from eckart.linear import swap_
 from eckart.provenance import versions
 from eckart.sensitivity import candidate_rank, measure_curves
 from eckart.types import Group

@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from eckart.discovery import discover
-from eckart.linear import factorize_, share_basis_, weight_view
+from eckart.factorizing import factorize_
+from eckart.linear import share_basis_, weight_view
 from eckart.testing import tiny_models, tiny_tokenizer
 
 

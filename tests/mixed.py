@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from eckart.discovery import discover
-from eckart.linear import factorize_, share_basis_, weight_view
+from eckart.factorizing import factorize_
+from eckart.linear import share_basis_, weight_view
 from eckart.storage import store_
 from eckart.testing import tiny_model, tiny_models
 

@@ -9,7 +9,8 @@ from eckart.block_descent import BlockError, Schedule, descend
 from eckart.block_factors import refinable, split_windows
 from eckart.discovery import discover
 from eckart.errors import DataError, NumericalError, OptionError
-from eckart.linear import factorize_, weight_view
+from eckart.factorizing import factorize_
+from eckart.linear import weight_view
 from eckart.plans import Plan
 from eckart.refiners.base import Refinement
 from eckart.refiners.block_collaborative import BlockCollaborative, _Job

@@ -10,7 +10,8 @@ from torch import nn
 from eckart import checkpoint, dtypes, hf, ledger
 from eckart.discovery import discover
 from eckart.errors import PlanError
-from eckart.linear import FactorizedLinear, KeptColumnsLinear, empty_like, factorize_, share_basis_
+from eckart.factorizing import factorize_
+from eckart.linear import FactorizedLinear, KeptColumnsLinear, empty_like, share_basis_
 from eckart.plans import Plan, resolve
 from eckart.testing import tiny_models
 from eckart.types import Entry, Factors, Group, Target

@@ -10,7 +10,8 @@ import eckart
 from eckart import checkpoint, hf, ledger
 from eckart.discovery import discover
 from eckart.errors import OptionError, OutputError, PlanError
-from eckart.linear import PivotedLinear, empty_like, factorize_, is_factorized, share_basis_
+from eckart.factorizing import factorize_
+from eckart.linear import PivotedLinear, empty_like, is_factorized, share_basis_
 from eckart.plans import Plan, resolve
 from eckart.storage import store_
 from eckart.testing import tiny_models

@@ -7,7 +7,8 @@ import torch
 
 from eckart.discovery import discover
 from eckart.errors import OptionError
-from eckart.linear import FactorizedLinear, factorize_, share_basis_, swap_, weight_view
+from eckart.factorizing import factorize_
+from eckart.linear import FactorizedLinear, share_basis_, swap_, weight_view
 from eckart.plans import Plan
 from eckart.recipes import find
 from eckart.refiners.base import Refinement

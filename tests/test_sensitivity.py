@@ -15,7 +15,7 @@ from eckart.blocks import open_stream
 from eckart.decomposing import decompose
 from eckart.discovery import discover
 from eckart.factorizers.svd_llm import SVDLLM
-from eckart.linear import factorize_
+from eckart.factorizing import factorize_
 from eckart.sensitivity import Curves, candidate_rank, measure_curves
 from eckart.tail_divergence import TailDivergence
 from eckart.testing import tiny_model, tiny_models

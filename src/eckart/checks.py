@@ -16,7 +16,8 @@ from eckart.allocators.base import Allocator
 from eckart.discovery import discover
 from eckart.errors import BudgetError
 from eckart.factorizers.base import Factorizer
-from eckart.linear import factorize_, share_basis_, weight_view
+from eckart.factorizing import factorize_
+from eckart.linear import share_basis_, weight_view
 from eckart.plans import Plan
 from eckart.refiners.base import Refinement, Refiner
 from eckart.statistics import Gram, GroupStatistics, Statistics

@@ -1,4 +1,4 @@
-"""Decompose every group of a model once, and put factors in the place of weights."""
+"""Decompose every group of a model once."""
 
 from collections.abc import Mapping, Sequence
 from statistics import median
@@ -9,11 +9,11 @@ from torch import nn
 
 from eckart.discovery import Layout
 from eckart.factorizers.base import Factorizer, GroupDecomposition
-from eckart.linear import factorize_, share_basis_, weight_view
+from eckart.linear import weight_view
 from eckart.progress import Progress, silent, track
 from eckart.statistics import GroupStatistics, Statistics
 from eckart.sweep import sweep
-from eckart.types import Entry, Group
+from eckart.types import Group
 
 Tensor = torch.Tensor
 
@@ -64,19 +64,3 @@ def drift_of(decompositions: Mapping[str, GroupDecomposition]) -> dict[str, Any]
         return {}
     most = max(known, key=known.__getitem__)
     return {"median": median(known.values()), "most": known[most], "most_of": most}
-
-
-def factorize_group_(model: nn.Module, group: Group, entry: Entry, decomposition: GroupDecomposition) -> None:
-    """Replace the members of a group by a pair of factors at the entry's rank; they share the basis.
-
-    Pairs whatever the entry's storage, for refiners to work on; `store_` puts them into that storage.
-    """
-    assert entry.rank is not None
-    factors = decomposition.truncate(entry.rank, entry.kept)
-    strips = factors.kept or (None,) * len(group.targets)
-    made = [
-        factorize_(model, name, factors.basis, coefficients, factors.kept_index, strip)
-        for name, coefficients, strip in zip(group.names, factors.coefficients, strips, strict=True)
-    ]
-    for other in made[1:]:
-        share_basis_(made[0], other)

@@ -255,54 +255,6 @@ def swap_(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
     return old
 
 
-@torch.no_grad()
-def factorize_(
-    model: nn.Module,
-    name: str,
-    basis: Tensor,
-    coefficients: Tensor,
-    kept_index: Tensor | None = None,
-    kept: Tensor | None = None,
-) -> FactorizedLinear:
-    """Replace the linear layer `name` by its factors, keeping bias, device, dtype and mode.
-
-    `basis` is `[rank, in]`, `coefficients` `[out, rank]`; with preserved columns at `kept_index`
-    `[kept]`, `kept` is `[out, kept]` and `basis` `[rank, in - kept]`. Raises `ValueError` for any other
-    shape.
-    """
-    old = model.get_submodule(name)
-    out_features, in_features = weight_view(old).shape
-    rank, columns = basis.shape[0], 0 if kept is None else kept.shape[1]
-    if basis.shape != (rank, in_features - columns) or coefficients.shape != (out_features, rank):
-        raise ValueError(
-            f"{name}: basis is {list(basis.shape)} and coefficients {list(coefficients.shape)}, but a weight "
-            f"[{out_features}, {in_features}] with {columns} preserved columns needs "
-            f"[rank, {in_features - columns}] and [{out_features}, rank]."
-        )
-    spec = {"storage": "pair", "rank": rank}
-    new = empty_like(old, {"storage": "columns", "rank": rank, "kept": columns} if columns else spec)
-    assert isinstance(new, FactorizedLinear)
-    if isinstance(new, KeptColumnsLinear):
-        assert kept is not None
-        new.column_order.copy_(_order(kept_index, columns, in_features))
-        new.kept.weight.copy_(kept)
-    new.basis.weight.copy_(basis)
-    new.coefficients.weight.copy_(coefficients)
-    if old.bias is not None:
-        new.coefficients.bias.copy_(old.bias)  # type: ignore[arg-type]
-    swap_(model, name, new)
-    return new
-
-
-def _order(kept_index: Tensor | None, kept: int, in_features: int) -> Tensor:
-    """All columns, `[in]`: the remaining ones, then the kept ones."""
-    if kept_index is None or kept_index.shape != (kept,) or (kept_index.diff() <= 0).any():
-        raise ValueError(f"{kept} preserved columns need as many rising positions in kept_index.")
-    is_kept = torch.zeros(in_features, dtype=torch.bool, device=kept_index.device)
-    is_kept[kept_index.long()] = True
-    return torch.cat([(~is_kept).nonzero()[:, 0], kept_index.long()])
-
-
 def share_basis_(owner: FactorizedLinear, user: FactorizedLinear) -> None:
     """Make `user` read the very tensor of `owner`'s basis. Raises `ValueError` if their shapes differ."""
     mine, theirs = user.basis.weight, owner.basis.weight

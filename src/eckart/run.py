@@ -16,12 +16,13 @@ from eckart import checkpoint, data, dtypes, ledger, recipes
 from eckart.allocators.base import Allocator, Probe
 from eckart.compression import Calibration, Compression
 from eckart.correction import Correction, corrected
-from eckart.decomposing import decompose, drift_of, factorize_group_
+from eckart.decomposing import decompose, drift_of
 from eckart.demo_assets import cache_folder
 from eckart.density import summary, with_figures
 from eckart.discovery import check_finite, discover
 from eckart.errors import OptionError
 from eckart.factorizers.base import GroupDecomposition
+from eckart.factorizing import factorize_group_
 from eckart.goals import Goal, header_bytes, meet, predicted_kl
 from eckart.held_out import WINDOWS as SPARE
 from eckart.held_out import HeldOut

@@ -23,7 +23,8 @@ from eckart import ledger
 from eckart.blocks import Stream, open_stream, split_batches
 from eckart.discovery import Layout
 from eckart.factorizers.base import GroupDecomposition
-from eckart.linear import factorize_, swap_
+from eckart.factorizing import factorize_
+from eckart.linear import swap_
 from eckart.progress import Progress, silent
 from eckart.tail_divergence import TailDivergence
 from eckart.types import Group
