@@ -95,7 +95,7 @@ def measure_plan(run: Run, plan: Plan, tests: dict, dense: dict) -> dict:
     weights = {n: weight_view(run.model.get_submodule(n)) for e in entries if e.rank is not None for n in e.targets}
     refiners = [r for r in run.recipe.make_refiners() if r.applies(plan.reached["keep"])]
     notes: list = []
-    with in_place(run.model, groups, entries, run._put):
+    with in_place(run.model, groups, entries, run.put):
         start = time.perf_counter()
         for refiner in refiners:
             assert run.windows is not None

@@ -2,10 +2,9 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,31 +12,26 @@ import torch
 from torch import nn
 
 from eckart import checkpoint, data, dtypes, ledger, recipes
-from eckart.allocators.base import Allocator, Probe
 from eckart.compression import Calibration, Compression
-from eckart.correction import Correction, corrected
 from eckart.decomposing import decompose, drift_of
-from eckart.demo_assets import cache_folder
-from eckart.density import summary, with_figures
+from eckart.density import summary
 from eckart.discovery import check_finite, discover
 from eckart.errors import OptionError
 from eckart.factorizers.base import GroupDecomposition
 from eckart.factorizing import factorize_group_
-from eckart.goals import Goal, header_bytes, meet, predicted_kl
+from eckart.goals import Goal
 from eckart.held_out import WINDOWS as SPARE
 from eckart.held_out import HeldOut
 from eckart.ledger import Ledger
 from eckart.linear import weight_view
-from eckart.observation import needs_windows, observe
+from eckart.planning import Planner
 from eckart.plans import Plan, resolve
-from eckart.probe import SlicingProbe, in_place, split_for_search
 from eckart.progress import Progress, track
-from eckart.provenance import make_provenance, versions
+from eckart.provenance import make_provenance
 from eckart.recipes import Recipe
 from eckart.refiners.base import Refinement
 from eckart.storage import store_
-from eckart.types import Budget, Entry, Group, Spectrum
-from eckart.work import WorkFolder, fingerprint, state_of
+from eckart.types import Entry, Group, Spectrum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -105,125 +99,39 @@ class Run:
         log.info("%s: %.1f s", stage, self.seconds[stage])
 
     def make_plan(self, goal: Goal, rank_multiple: int) -> Plan:
-        """Decompose everything, then let the allocator share out what meets the goal."""
+        """Decompose everything, then plan what meets the goal."""
         groups = self.recipe.make_grouping().groups(self.layout.targets)
         if goal.keep is not None:
             ledger.check_reachable(groups, goal.keep, rank_multiple)
-        self._decompose(groups)
-        asked = {**goal.to_dict(), "rank_multiple": rank_multiple}
-        overhead = header_bytes(self.model.state_dict(), self.layout.targets)
+        self.decompose(groups)
+        return Planner(self, groups, goal, rank_multiple).plan()
 
-        def answer(correction: Correction | None) -> Plan:
-            with self.timed("allocate"):
-                return meet(
-                    goal,
-                    lambda keep: self._allocate(groups, keep, rank_multiple, asked, correction),
-                    self.layout.target_parameters,
-                    overhead,
-                )
-
-        made = answer(None)
-        level = self.recipe.make_allocator().correction_level()
-        if not self._predicts() or level == "off":
-            return made
-        spectra = [self.decompositions[group.name].spectrum for group in groups]
-        return corrected(goal, made, answer, spectra, level, self._kl_of(groups), self.progress)
-
-    def _predicts(self) -> bool:
+    def predicts(self) -> bool:
         """Whether the metric predicts the loss; if so, remember what the dense model says on a few windows."""
         known = all(made.spectrum.nats is not None for made in self.decompositions.values())
         if known and self.held_out is None and self.windows is not None:
             self.held_out = HeldOut.of(self.model, self.windows)
         return known and self.held_out is not None
 
-    def _kl_of(self, groups: Sequence[Group]) -> Callable[[Sequence[Entry]], float]:
-        """Measures the KL divergence of a candidate plan from the dense model."""
-
-        def kl(entries: Sequence[Entry]) -> float:
-            assert self.held_out is not None
-            with self.timed("probe"), in_place(self.model, groups, entries, self._put):
-                return self.held_out.kl()
-
-        return kl
-
-    def _put(self, model: nn.Module, group: Group, entry: Entry) -> None:
+    def put(self, model: nn.Module, group: Group, entry: Entry) -> None:
+        """Put the factors of one group at the entry's rank into a model, in place."""
         factorize_group_(model, group, entry, self.decompositions[group.name])
 
     def spectra(self, groups: Sequence[Group]) -> list[Spectrum]:
         """Decompose the groups; their spectra in the same order."""
-        self._decompose(groups)
+        self.decompose(groups)
         return [self.decompositions[group.name].spectrum for group in groups]
-
-    def _allocate(
-        self,
-        groups: Sequence[Group],
-        keep: float,
-        rank_multiple: int,
-        asked: Mapping[str, Any],
-        correction: Correction | None,
-    ) -> Plan:
-        """The allocator's plan for a share, with what it reaches by the ledger and by the metric."""
-        spectra = [self.decompositions[group.name].spectrum for group in groups]
-        if correction is not None:
-            spectra = correction.apply(spectra)
-        allocator, budget = self.recipe.make_allocator(), Budget(keep, rank_multiple)
-        if needs_windows(allocator):
-            spectra = self._observe(allocator, groups, keep)
-            self.summaries = [summary(spectrum) for spectrum in spectra]
-        windows = allocator.probe_windows()
-        search = windows and partial(allocator.search, probe=self._probe(groups, windows))
-        entries = (search or allocator.allocate)(spectra, budget)
-        entries = self._settle([with_figures(e, s) for e, s in zip(entries, spectra, strict=True)])
-        made = Plan(tuple(entries), asked, {}, self.recipe.to_dict())
-        reached = self.ledger(made)
-        if not allocator.may_exceed:
-            ledger.assert_within(reached, keep)
-        predicted = predicted_kl(spectra, entries)
-        return replace(
-            made, reached={**reached.to_dict(), **({} if predicted is None else {"predicted_kl": predicted})}
-        )
-
-    def _probe(self, groups: Sequence[Group], windows: tuple[int, int]) -> Probe:
-        """What measures candidate plans by slicing the decompositions; `windows` to score on, and held out."""
-        scoring, held_out = split_for_search(self._token_windows(), *windows)
-        facts = {"factorizer": self.recipe.to_dict()["factorizer"], "versions": versions()}
-        tensors = [*state_of(self.model), ("scoring", scoring), ("held out", held_out)] if self.work else []
-        folder = WorkFolder(self.work, "probe", fingerprint(facts, tensors))
-        return SlicingProbe(self.model, groups, self._put, scoring, held_out, folder, self.progress)
 
     def take_plan(self, plan: Plan | str | Path) -> Plan:
         """Check a saved plan against the model and decompose what it factorises."""
         given = plan if isinstance(plan, Plan) else Plan.load(plan)
         groups, entries = resolve(given, self.layout.targets)
-        self._decompose([g for g, e in zip(groups, entries, strict=True) if e.rank is not None])
-        self._predicts()
-        settled = Plan(tuple(self._settle(entries)), given.asked, {}, given.made_by)
+        self.decompose([g for g, e in zip(groups, entries, strict=True) if e.rank is not None])
+        self.predicts()
+        settled = Plan(tuple(self.settle(entries)), given.asked, {}, given.made_by)
         return replace(settled, reached=self.ledger(settled).to_dict())
 
-    def _observe(self, allocator: Allocator, groups: Sequence[Group], keep: float) -> list[Spectrum]:
-        """Run what the allocator wants to see beside the spectra; the journals are in the work folder."""
-        ids = self._token_windows()
-        assert self.windows is not None
-        data_recipe = self.windows.recipe.to_dict()
-        plain = self.factorizer.resting()
-        depends = {
-            "factorizer": recipes.describe(type(plain).__name__, plain),
-            "calibration": {key: data_recipe[key] for key in ("tokens_hash", "windows", "length")},
-        }
-        with self.timed("observe"):
-            return observe(
-                self.model,
-                self.layout,
-                {group.name: self.decompositions[group.name] for group in groups},
-                allocator,
-                ids,
-                keep,
-                work=self.work or cache_folder() / "work",
-                depends=depends,
-                progress=self.progress,
-            )
-
-    def _settle(self, entries: Sequence[Entry]) -> list[Entry]:
+    def settle(self, entries: Sequence[Entry]) -> list[Entry]:
         """Let the decompositions decide what the allocator left to them (preserved columns)."""
         return [e if e.rank is None else self.decompositions[e.name].settle(e) for e in entries]
 
@@ -231,11 +139,11 @@ class Run:
         groups, entries = resolve(plan, self.layout.targets)
         return ledger.make_ledger(groups, entries, self.layout.parameters, self.stored_dtype.itemsize)
 
-    def _decompose(self, groups: Sequence[Group]) -> None:
+    def decompose(self, groups: Sequence[Group]) -> None:
         """Decompose the groups, unless they are: one calibration serves every plan."""
         if groups and all(self._known(group) for group in groups):
             return
-        ids = self._token_windows() if self.factorizer.needs and groups else None
+        ids = self.token_windows() if self.factorizer.needs and groups else None
         with self.timed("calibrate and decompose"):
             self.decompositions = decompose(
                 self.model, self.layout, groups, self.factorizer, ids, progress=self.progress
@@ -246,7 +154,7 @@ class Run:
     def _known(self, group: Group) -> bool:
         return group.name in self.decompositions and self.decompositions[group.name].group == group
 
-    def _token_windows(self) -> Tensor:
+    def token_windows(self) -> Tensor:
         """The calibration windows, read once; `[windows, length]` token ids on the model's device."""
         if self.windows is None:
             with self.timed("data"):
@@ -268,7 +176,7 @@ class Run:
         # Refiners see the dense weights: one more copy of the targets in memory, but only if one runs.
         factorised = [name for e in entries if e.rank is not None for name in e.targets] if refiners else []
         dense = {name: weight_view(self.model.get_submodule(name)) for name in factorised}
-        ids = self._token_windows() if refiners else None  # now: the dense model may be the author of the text
+        ids = self.token_windows() if refiners else None  # now: the dense model may be the author of the text
         with self.timed("factorise"):
             work = list(zip(groups, entries, strict=True))
             for group, entry in track(work, "factorise", len(work), self.progress):
