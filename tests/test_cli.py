@@ -1,5 +1,7 @@
 """The command line is the library, spoken: same bytes, clean JSON, one line and exit code 2 for mistakes."""
 
+import dataclasses
+import inspect
 import json
 import logging
 import os
@@ -210,15 +212,45 @@ def test_every_command_has_json_verbose_and_an_example_that_parses(monkeypatch, 
         assert "Example:" in capsys.readouterr().out
 
 
+def options(command):
+    """`{name: (flags, default, help)}` of a command."""
+    from eckart._cli.app import commands
+
+    found = {option.name: option for option in commands().commands[command].params}
+    return {key: (option.opts, option.default, getattr(option, "help", None)) for key, option in found.items()}
+
+
+def test_what_is_compressed_can_be_planned_with_the_same_options():
+    """The commands and the functions spell a long list out, and this keeps the lists the same."""
+    compressing, planning = options("compress"), options("plan")
+    assert compressing.keys() - planning.keys() == {"plan", "recover"}
+    assert {key: compressing[key] for key in planning if key != "out"} == {
+        key: value for key, value in planning.items() if key != "out"
+    }
+    compress, plan = (inspect.signature(function).parameters for function in (eckart.compress, eckart.plan))
+    assert compress.keys() - plan.keys() == {"plan", "out", "on_plan"}
+    assert [compress[name] for name in plan] == list(plan.values())
+    calibrating = {field.name: field.default for field in dataclasses.fields(eckart.Calibration)}
+    for name, (_, default, _) in planning.items():
+        if name in plan or name in calibrating:
+            expected = calibrating[name] if name in calibrating else plan[name].default
+            given = default.replace("\\n", "\n") if name == "join" else default
+            assert given == expected or name == "model" or (given, expected) == ([], ()), name
+
+
+def test_the_plan_knows_the_stored_dtype(workspace, monkeypatch, capsys):
+    """Half the bytes for each number: of what a size buys, a plan for float16 has more than one for float32."""
+    sizes = {}
+    for dtype in ("float32", "float16"):
+        argv = ("plan", "dense", "--recipe", "svd", "--size", "60KB", "--dtype", dtype, "--out", f"{dtype}.json")
+        assert run(monkeypatch, *argv) == 0
+        sizes[dtype] = json.loads(Path(f"{dtype}.json").read_text())["reached"]["target_parameters_kept"]
+    assert sizes["float16"] > sizes["float32"]
+
+
 @pytest.mark.parametrize("name", ["report", "compare"])
 def test_who_evaluates_with_an_option_can_report_and_compare_with_it(name):
     """Tasks are left to `eval`, whose results the two read."""
-    from eckart._cli.app import commands
-
-    def options(command):
-        found = {option.name: option for option in commands().commands[command].params}
-        return {key: (option.opts, option.default, option.help) for key, option in found.items()}
-
     wanted = options("eval").keys() - {"model", "tasks", "include_path", "limit", "data", "against"}
     mine, theirs = options(name), options("eval")
     assert {"windows", "length", "seed", "join", "bos", "mean", "device", "dtype"} <= wanted

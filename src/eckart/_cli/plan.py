@@ -12,6 +12,7 @@ from eckart._cli.options import (
     Bos,
     Data,
     Device,
+    Dtype,
     Exclude,
     Include,
     Join,
@@ -51,6 +52,7 @@ def plan(
     include: Include = [],  # noqa: B006
     exclude: Exclude = [],  # noqa: B006
     device: Device = "cpu",
+    dtype: Dtype = "auto",
     work: Work = None,
     as_json: Json = False,
 ) -> None:
@@ -71,6 +73,7 @@ def plan(
             include=include,
             exclude=exclude,
             device=device,
+            dtype=dtype,
             work=work,
             progress=progress,
         )
