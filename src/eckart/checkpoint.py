@@ -5,7 +5,6 @@ or that does not fit, is an error here, where transformers would warn and draw i
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 
 from eckart import card, files, portable, pretrained, spectra_file
 from eckart.errors import CheckpointError, ModelError, PlanError
+from eckart.not_finite import numbers, to_json
 from eckart.plans import Plan
 from eckart.pretrained import CONFIG
 from eckart.provenance import versions
@@ -185,7 +185,7 @@ def read_plan(folder: str | Path) -> Plan | None:
 def read_provenance(folder: str | Path) -> dict[str, Any]:
     """The provenance of a checkpoint, empty if it has none. Raises `CheckpointError` when it is damaged."""
     path = Path(folder) / PROVENANCE
-    return pretrained.read_json(path, CheckpointError) if path.exists() else {}
+    return numbers(pretrained.read_json(path, CheckpointError)) if path.exists() else {}
 
 
 def _native_class(config: Mapping[str, Any]) -> Any:
@@ -269,7 +269,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    path.write_text(to_json(data, indent=1) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import combinations
-from math import log
+from math import isfinite, log
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +114,9 @@ def check_protocols(rows: Sequence[Row]) -> None:
 
 
 def loss(row: Row) -> float | None:
-    """Mean over the corpora of the loss in nats per token, or None for a model that was not measured."""
+    """Mean over the corpora of the loss in nats per token; None for a model not measured, or with a loss not finite."""
     found = [log(result["perplexity"]) for result in row["perplexities"].values()]
-    return sum(found) / len(found) if found else None
+    return sum(found) / len(found) if found and isfinite(sum(found)) else None
 
 
 def pareto(points: Sequence[tuple[float | None, float | None]]) -> list[bool]:

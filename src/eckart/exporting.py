@@ -8,7 +8,6 @@ so the weights are stored once.
 import contextlib
 import copy
 import io
-import json
 import logging
 import textwrap
 import warnings
@@ -22,6 +21,7 @@ import torch
 from eckart import checkpoint, conversion, dtypes, files, pretrained
 from eckart.errors import ModelError, OptionError
 from eckart.extras import require
+from eckart.not_finite import to_json
 from eckart.progress import Progress, silent
 from eckart.provenance import versions
 
@@ -119,7 +119,7 @@ def _write_origin(model: str | Path, to: str, int8: bool, folder: Path) -> None:
     """What the export was made of, beside it; not `provenance.json`, which would make it a checkpoint."""
     made = checkpoint.read_provenance(model) if Path(model).is_dir() else {}
     origin = {"exported_to": to, "int8": int8, "from": str(model), "exported_with": versions(), "checkpoint": made}
-    (folder / "origin.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+    (folder / "origin.json").write_text(to_json(origin, indent=1) + "\n", encoding="utf-8")
 
 
 def _size(folder: Path, pattern: str = "*") -> int:

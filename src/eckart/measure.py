@@ -9,7 +9,6 @@ tail is kept as a shorter window and the mean is taken over the windows' means.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import exp
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 
 from eckart import checkpoint, data, dtypes, tasks
 from eckart.errors import NumericalError, OptionError
+from eckart.not_finite import exp
 from eckart.progress import Progress, silent, track
 from eckart.provenance import versions
 
@@ -30,7 +30,10 @@ Mean = Literal["token", "window"]
 
 @dataclass(frozen=True)
 class Perplexity:
-    """`value = exp(nll)`; `nll` in nats per token; `tokens` predicted tokens over `windows` windows."""
+    """`value = exp(nll)`, infinite beyond a float; `nll` in nats per token.
+
+    `tokens` predicted tokens over `windows` windows.
+    """
 
     value: float
     nll: float

@@ -13,6 +13,7 @@ from typing import Any
 from eckart import ledger
 from eckart.errors import PlanError
 from eckart.files import write_text
+from eckart.not_finite import numbers, to_json
 from eckart.types import Entry, Group, Target
 
 FORMAT = "eckart-plan"
@@ -58,14 +59,14 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, whole or not at all."""
-        write_text(Path(path), json.dumps(self.to_dict(), indent=1) + "\n")
+        write_text(Path(path), to_json(self.to_dict(), indent=1) + "\n")
 
     @staticmethod
     def load(path: str | Path) -> "Plan":
         """Read a plan that `save` or a person wrote."""
         path = Path(path)
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = numbers(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise PlanError(f"{path}: no such plan file.") from None
         except (OSError, ValueError) as error:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import floor, log10
+from math import floor, isfinite, log10
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -36,7 +36,8 @@ def maps(modules: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _most(modules: Sequence[Row], key: str) -> float:
-    return max((row[key] or 0.0 for row in modules), default=0.0)
+    known = [float(row[key]) for row in modules if row[key] is not None]
+    return max([0.0, *filter(isfinite, known)])
 
 
 def _or_dense(row: Row, text: str) -> str:
@@ -62,10 +63,10 @@ def _view(title: str, key: str, power: int, most: float) -> _View:
 def _map(modules: Sequence[Row], view: _View) -> dict[str, Any]:
     """Title, column heads, and rows `(block, cells)`; a cell is None where a block has no such layer."""
     kinds = list(dict.fromkeys(row["kind"] for row in modules))
-    cells = {
-        (row["block"], row["kind"]): {"v": view.value(row) / view.most, "text": view.text(row), "title": details(row)}
-        for row in modules
-    }
+    cells = {}
+    for row in modules:
+        colour = min(1.0, view.value(row) / view.most)  # the strongest for what is not finite
+        cells[row["block"], row["kind"]] = {"v": colour, "text": view.text(row), "title": details(row)}
     blocks = sorted({row["block"] for row in modules})
     rows = [(block, [cells.get((block, kind)) for kind in kinds]) for block in blocks]
     return {"title": view.title, "kinds": short_names(kinds), "rows": rows}

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from math import exp
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from eckart import charts, report_maps, speed_table
+from eckart.not_finite import exp
 from eckart.pages import render
 
 Row = Mapping[str, Any]
@@ -140,9 +141,9 @@ def _charts(spectra: Sequence[Row], modules: Sequence[Row]) -> list[tuple[str, s
         module = by_name.get(row["targets"][0])
         if module is None:
             continue
-        points = [(rank / row["full_rank"], lost) for rank, lost in row["lost"]]
+        points = [(rank / row["full_rank"], lost) for rank, lost in row["lost"] if isfinite(lost)]
         mark = None
-        if module["rank"] is not None:
+        if points and module["rank"] is not None:
             at = module["rank"] / row["full_rank"]
             mark = (at, _between(points, at))
         tone = module["block"] / last if last else 0.5

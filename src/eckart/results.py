@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from eckart.errors import DataError, OptionError
+from eckart.not_finite import numbers
 
 EVAL, BENCH = "eckart-eval", "eckart-bench"
 # What has to be the same for two perplexities to mean the same. The name of the text is free: its hash decides.
@@ -17,7 +18,7 @@ def read(path: str | Path) -> dict[str, Any]:
     """One stored result. Raises `DataError` when the file is not one."""
     path = Path(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = numbers(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise DataError(f"{path}: no such results file.") from None
     except (OSError, ValueError) as error:

@@ -1,12 +1,12 @@
 """`spectra.json` of a checkpoint (docs/format.md): what reports show of the spectra, written once by `compress`."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from eckart import pretrained
 from eckart.errors import CheckpointError
+from eckart.not_finite import numbers, to_json
 
 NAME, FORMAT, VERSION = "spectra.json", "eckart-spectra", 1
 
@@ -14,7 +14,7 @@ NAME, FORMAT, VERSION = "spectra.json", "eckart-spectra", 1
 def write(folder: Path, summaries: Sequence[Mapping[str, Any]]) -> None:
     """Write `density.summary` of each group, a group a line; nothing without groups."""
     if summaries:
-        rows = ",\n".join(json.dumps(row) for row in summaries)
+        rows = ",\n".join(to_json(row) for row in summaries)
         text = f'{{"format": "{FORMAT}", "version": {VERSION}, "groups": [\n{rows}\n]}}\n'
         (folder / NAME).write_text(text, encoding="utf-8")
 
@@ -24,7 +24,7 @@ def read(folder: str | Path) -> list[dict[str, Any]]:
     path = Path(folder) / NAME
     if not path.exists():
         return []
-    found = pretrained.read_json(path, CheckpointError)
+    found = numbers(pretrained.read_json(path, CheckpointError))
     groups = found.get("groups")
     if found.get("format") != FORMAT or found.get("version") != VERSION or not isinstance(groups, list):
         raise CheckpointError(

@@ -1,6 +1,5 @@
 """The command line's application and its way out. Exit codes: 0 done, 2 the user's mistake, 1 else."""
 
-import json
 import logging
 import sys
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ import typer
 import eckart
 from eckart import _terminal as terminal
 from eckart.errors import EckartError, UserError
+from eckart.not_finite import to_json
 
 app = typer.Typer(
     name="eckart",
@@ -29,7 +29,7 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 def print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, indent=1))
+    print(to_json(value, indent=1))
 
 
 def set_verbosity(count: int) -> int:
