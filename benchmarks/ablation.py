@@ -10,10 +10,9 @@ import argparse
 import json
 from pathlib import Path
 
-from recipes import figures, measure_plan, read_tests
+from recipes import figures, log_probabilities, measure_plan, read_tests
 
 from eckart import Calibration, recipes
-from eckart.divergence import log_probabilities
 from eckart.files import write_text
 from eckart.goals import Goal
 from eckart.progress import silent

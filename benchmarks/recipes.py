@@ -21,7 +21,6 @@ import torch
 
 from eckart import Calibration
 from eckart.data import load_windows
-from eckart.divergence import log_probabilities
 from eckart.files import write_text
 from eckart.goals import Goal
 from eckart.linear import weight_view
@@ -103,6 +102,12 @@ def measure_plan(run: Run, plan: Plan, tests: dict, dense: dict) -> dict:
             refiner.refine_(Refinement(*known, run.windows.spare))
         refined = {"seconds_refine": round(time.perf_counter() - start, 1), "refinement": notes} if refiners else {}
         return {**figures(run, tests, dense), **refined}
+
+
+@torch.inference_mode()
+def log_probabilities(model: torch.nn.Module, window: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of every next token of one window `[length]`: `[length - 1, vocabulary]`, float32."""
+    return model(input_ids=window[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
 
 
 @torch.inference_mode()

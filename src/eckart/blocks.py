@@ -113,6 +113,15 @@ class _Capture:
         return forward
 
 
+def final_states(blocks: nn.ModuleList, stream: Stream) -> list[Tensor]:
+    """Hidden states after the last block, batch by batch, from those where the stream stands; it stays there."""
+    finals = list(stream.hidden)
+    for batch, calls in enumerate(stream.calls):
+        for index in range(stream.position, len(blocks)):
+            finals[batch] = calls[index].run(blocks[index], finals[batch])
+    return finals
+
+
 def run_tail(model: nn.Module, blocks: nn.ModuleList, stream: Stream, index: int) -> Any:
     """Run what follows the last block on batch `index`: final norm and head.
 

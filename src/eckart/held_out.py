@@ -1,38 +1,45 @@
 """How far the model is from the dense one, as it is at the moment, on a few windows of text."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
+from eckart.blocks import final_states, open_stream, split_batches
 from eckart.data import Windows
-from eckart.divergence import log_probabilities, mean_kl
+from eckart.discovery import Layout
+from eckart.tail_divergence import TailDivergence
 
 Tensor = torch.Tensor
 
-WINDOWS, LENGTH = 8, 256  # the dense log-probabilities stay in memory: 2048 x vocabulary x 4 bytes
+WINDOWS, LENGTH = 8, 256
+BATCH_TOKENS = 2048
 
 
 class HeldOut:
-    """Remembers what the dense model predicts on `windows`, each `[length]`; `kl()` compares the model of now.
+    """Remembers what the dense model predicts on `windows` `[windows, length]`; `kl()` compares the model of now.
 
-    `unseen` says that nothing was calibrated on these windows.
+    What is remembered are hidden states: predictions would be tokens x vocabulary numbers. `unseen` says that
+    nothing was calibrated on these windows.
     """
 
-    def __init__(self, model: nn.Module, windows: Sequence[Tensor], unseen: bool) -> None:
-        self.model, self.windows, self.unseen = model, windows, unseen
-        self.dense = [log_probabilities(model, window) for window in windows]
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, layout: Layout, windows: Tensor, unseen: bool) -> None:
+        self.windows, self.length, self.unseen = len(windows), windows.shape[1], unseen
+        self.blocks = layout.block_list(model)
+        ids = windows[:, :-1].to(next(model.parameters()).device)  # nothing follows the last token
+        self.stream = open_stream(model, self.blocks, split_batches(ids, BATCH_TOKENS))
+        self.divergence = TailDivergence(model, self.blocks, self.stream, final_states(self.blocks, self.stream))
 
     @staticmethod
-    def of(model: nn.Module, windows: Windows) -> "HeldOut":
+    def of(model: nn.Module, layout: Layout, windows: Windows) -> "HeldOut":
         """On the spare windows of a calibration; on its last ones where the text had no more."""
         unseen = len(windows.spare) > 0
         chosen = (windows.spare if unseen else windows.ids[-WINDOWS:])[:WINDOWS, :LENGTH]
-        return HeldOut(model, list(chosen), unseen)
+        return HeldOut(model, layout, chosen, unseen)
 
+    @torch.no_grad()
     def kl(self) -> float:
         """KL(dense || model) in nats per token; raises `NumericalError` when it is not finite."""
-        return mean_kl(self.model, self.windows, self.dense)
+        return self.divergence(final_states(self.blocks, self.stream)) / (self.length - 1)
 
     def to_dict(self) -> dict[str, int | bool]:
-        return {"windows": len(self.windows), "length": len(self.windows[0]), "unseen": self.unseen}
+        return {"windows": self.windows, "length": self.length, "unseen": self.unseen}

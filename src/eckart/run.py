@@ -110,7 +110,7 @@ class Run:
         """Whether the metric predicts the loss; if so, remember what the dense model says on a few windows."""
         known = all(made.spectrum.nats is not None for made in self.decompositions.values())
         if known and self.held_out is None and self.windows is not None:
-            self.held_out = HeldOut.of(self.model, self.windows)
+            self.held_out = HeldOut.of(self.model, self.layout, self.windows)
         return known and self.held_out is not None
 
     def put(self, model: nn.Module, group: Group, entry: Entry) -> None:

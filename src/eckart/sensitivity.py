@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from eckart import ledger
-from eckart.blocks import Stream, open_stream, split_batches
+from eckart.blocks import Stream, final_states, open_stream, split_batches
 from eckart.discovery import Layout
 from eckart.factorizers.base import GroupDecomposition
 from eckart.factorizing import factorize_
@@ -126,7 +126,7 @@ class _Walk:
         missing = [pair for pair in pairs if pair not in self.known and pair[1] != self.target]
         if missing or ("", self.target) not in self.known:
             stream = open_stream(self.model, self.blocks, split_batches(windows, BATCH_TOKENS))
-            divergence = TailDivergence(self.model, self.blocks, stream, self._finals(stream))
+            divergence = TailDivergence(self.model, self.blocks, stream, final_states(self.blocks, stream))
             with self._at(dict.fromkeys(self.decompositions, self.target)):
                 self._walk(stream, divergence, missing, progress)
         for pair in pairs:
@@ -143,7 +143,7 @@ class _Walk:
                 if self._first_block(name) == index:
                     progress("sensitivity", done, len(missing))
                     with self._at({name: share}):
-                        self._record(name, share, divergence(self._finals(stream)))
+                        self._record(name, share, divergence(final_states(self.blocks, stream)))
                     done += 1
             for number, hidden, call in stream.inputs():
                 stream.hidden[number] = call.run(block, hidden)
@@ -151,14 +151,6 @@ class _Walk:
         if ("", self.target) not in self.known:
             self._record("", self.target, divergence(stream.hidden))
         progress("sensitivity", done, len(missing))
-
-    def _finals(self, stream: Stream) -> list[Tensor]:
-        """Hidden states after the last block, from those where the stream stands."""
-        finals = list(stream.hidden)
-        for batch, calls in enumerate(stream.calls):
-            for index in range(stream.position, len(self.blocks)):
-                finals[batch] = calls[index].run(self.blocks[index], finals[batch])
-        return finals
 
     def _record(self, name: str, share: float, value: float) -> None:
         rank = candidate_rank(self.decompositions[name].group, share) if name else None
