@@ -41,7 +41,7 @@ def make_recipes_table(results: Path) -> str:
         "| recipe | predicted KL | measured KL | on WikiText-2 | on python-docs | time | memory |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    lines += [cost_row(name, rows[name][0.8]) for name in names if 0.8 in rows[name]]
+    lines += [cost_row(name, rows[name][0.8], len(rows[name])) for name in names if 0.8 in rows[name]]
     return "\n".join([*lines, ""])
 
 
@@ -94,10 +94,12 @@ def number(value: float) -> str:
     return f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
 
 
-def cost_row(name: str, row: dict[str, Any]) -> str:
+def cost_row(name: str, row: dict[str, Any], shares: int) -> str:
     kl = [f"{row[key]:.3f}" if key in row else "-" for key in ("predicted_kl", "measured_kl")]
     kl += [f"{row[corpus]['kl']:.3f}" if corpus in row else "-" for corpus in CORPORA]
-    seconds = row.get("seconds") or sum(row.get("seconds_of_all_shares", {}).values())
+    stages = dict(row.get("seconds_of_all_shares", {}))
+    stages["probe"] = stages.get("probe", 0.0) / shares  # all else is done once for all shares
+    seconds = row.get("seconds") or sum(stages.values()) + row.get("seconds_refine", 0.0)
     time = f"{seconds:,.0f} s" if seconds else "-"
     memory = f"{row['peak_minus_model_bytes'] / 1e9:.1f} GB" if "peak_minus_model_bytes" in row else "-"
     return f"| {name} | " + " | ".join([*kl, time, memory]) + " |"
