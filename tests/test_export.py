@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import factorize_all_
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import eckart
 from eckart import checkpoint, hf
@@ -148,6 +149,29 @@ def test_onnx_int8_is_near_and_smaller(saved, graph, tmp_path):
     weights = "model.onnx.data"
     assert (tmp_path / "int8" / weights).stat().st_size < 0.6 * (graph / weights).stat().st_size
     assert "8-bit weights and activations" in made.note
+
+
+def test_the_output_embedding_is_int8_too_where_it_is_tied(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    # A small table is transposed ahead of time, and is then no longer tied.
+    large = LlamaConfig(
+        vocab_size=40_000, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    checkpoint.save(LlamaForCausalLM(large), tmp_path / "tied", tokenizer=tiny_tokenizer())
+    out = eckart.export(tmp_path / "tied", to="onnx", out=tmp_path / "graph", int8=True).out
+    graph = onnx.load(Path(out) / "model.onnx", load_external_data=False).graph
+    made_by = {name: node for node in graph.node for name in node.output}
+    weights = {tensor.name for tensor in graph.initializer}
+
+    def is_weight(name):
+        node = made_by.get(name)
+        passing = ("DequantizeLinear", "Transpose", "Cast", "Identity")
+        return name in weights if node is None else node.op_type in passing and is_weight(node.input[0])
+
+    products = [n for n in graph.node if n.op_type in ("MatMul", "Gemm") and any(map(is_weight, n.input))]
+    assert not products  # in float32, that is: an int8 one is another operator
+    assert any("Integer" in n.op_type or "Quantize" in n.op_type for n in graph.node)
 
 
 def test_openvino_int8_is_smaller(tmp_path, saved):

@@ -88,6 +88,8 @@ def _export_graph(model: "PreTrainedModel", to: str, int8: bool, folder: Path) -
     stage.config = copy.deepcopy(model.config)
     if hasattr(stage.config, "quantization_config"):
         del stage.config.quantization_config  # which says how layers are stored in a checkpoint, and this is none
+    if int8:
+        _untie_(stage)
     exporter: Any
     if to == "onnx":
         dynamic = exporters.OnnxRuntimeQuantizer(exporters.OnnxRuntimeDynamicConfig(per_channel=True))
@@ -100,6 +102,17 @@ def _export_graph(model: "PreTrainedModel", to: str, int8: bool, folder: Path) -
     exported = exporter.export(stage, example, config)
     exported.generation_config = model.generation_config
     exported.save_pretrained(folder)
+
+
+def _untie_(model: "PreTrainedModel") -> None:
+    """Give the output embedding a weight of its own: a quantiser takes the tied one for a table to look tokens up in.
+
+    Its product then stays in float32, and in ONNX Runtime the whole table is made float32 again for each token.
+    """
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is table.weight:
+        head.weight = torch.nn.Parameter(table.weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False
 
 
 def _require(to: str, int8: bool) -> None:
