@@ -32,14 +32,6 @@ from eckart.refiners.base import Refinement
 from eckart.run import Run
 
 WIDE, NARROW = (0.9, 0.8, 0.7, 0.6, 0.5), (0.8, 0.6)
-REFINED = {  # from the closed form on, in the metric of the residual stream
-    "refiners": "block_collaborative",
-    "block_collaborative.start": "found",
-    "block_collaborative.form": "free",
-    "block_collaborative.metric": "gradient",
-    "block_collaborative.free_steps": 20,
-    "block_collaborative.batch": 4,
-}
 RECIPES = {  # name of a row: recipe, its options, shares
     "svd": ("svd", {}, NARROW),
     "fwsvd": ("fwsvd", {}, NARROW),
@@ -50,9 +42,6 @@ RECIPES = {  # name of a row: recipe, its options, shares
     "cpsvd": ("cpsvd", {}, NARROW),
     "eckart": ("eckart", {}, WIDE),
     "eckart, uncorrected": ("eckart", {"allocator.correction": "off"}, WIDE),
-    "eckart, blocks refined": ("eckart", REFINED, (0.8,)),
-    "eckart --recover": ("eckart", {"refiners": "recover"}, NARROW),
-    "eckart, blocks refined, --recover": ("eckart", {**REFINED, "refiners": "block_collaborative,recover"}, (0.8,)),
 }
 WINDOWS, TEST_WINDOWS, LENGTH = 32, 8, 512
 

@@ -25,17 +25,19 @@ BETAS = (0.9, 0.95)  # a run has too few steps for a longer memory
 class Recover(Refiner):
     """Minimises KL(dense || compressed) over the factors, on the calibration windows; all else is frozen.
 
-    AdamW without weight decay, `windows_per_step` windows a step; the learning rate rises over the first
-    `warm_up` share of the steps and falls to zero along a cosine. After each of `epochs` the next-token loss
-    is taken on text that the statistics have not seen, or, where there is none, on the last `held_out` share
-    of the windows, which are then not trained on. The factors that are best there are kept, those from before
+    AdamW without weight decay, `windows_per_step` windows a step. The learning rate is `learning_rate` for a
+    model that is 1 nat per token away from the dense one, and goes with the root of that KL, since the way
+    to go does; it rises over the first `warm_up` share of the steps and falls to zero along a cosine. After
+    each of `epochs` the next-token loss is taken on text that the statistics have not seen, or, where there
+    is none, on the last `held_out` share of the windows, which are then not trained on. The factors that
+    are best there are kept, those from before
     if none is better. (Not the KL there: a few thousand tokens are soon learned by heart, and a model that is
     less sure where it was wrong predicts text better without being nearer to the dense one; LOG.md. Both
     are noted.)
     """
 
     epochs: int = 3
-    learning_rate: float = 5e-5
+    learning_rate: float = 1e-4
     windows_per_step: int = 1
     warm_up: float = 0.1
     held_out: float = 0.125
@@ -64,7 +66,8 @@ class Recover(Refiner):
         judged = range(steps, len(batches))
         reached, best = [_judge(work, dense, judged)], _copy(factors)
         with _only_trained(work.model, factors):
-            optimizer = torch.optim.AdamW(factors, lr=self.learning_rate, betas=BETAS, weight_decay=0.0)
+            rate = self.learning_rate * math.sqrt(min(1.0, max(0.0, reached[0][1])))
+            optimizer = torch.optim.AdamW(factors, lr=rate, betas=BETAS, weight_decay=0.0)
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate(self.epochs * steps))
             generator = torch.Generator().manual_seed(self.seed)
             for epoch in range(self.epochs):

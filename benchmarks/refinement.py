@@ -1,0 +1,93 @@
+"""Refinement of blocks and recovery, separately and together, from one closed form of recipe eckart for each share.
+
+    python benchmarks/refinement.py MODEL CALIBRATION.txt TEST.txt [--keep 0.8 0.6] [--also-blocks 0.8 0.6]
+
+The protocol of `recipes.py`. Rows are written as they come; a second run measures only what is missing. The time of
+a row is what its refiners took; calibration and planning, which all rows share, are beside them.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from recipes import figures, log_probabilities, read_tests
+
+from eckart import Calibration, recipes
+from eckart.files import write_text
+from eckart.goals import Goal
+from eckart.linear import weight_view
+from eckart.plans import Plan, resolve
+from eckart.probe import in_place
+from eckart.progress import silent
+from eckart.provenance import versions
+from eckart.refiners.base import Refinement
+from eckart.run import Run
+
+BLOCKS = {  # from the closed form on, in the metric of the residual stream
+    "refiners": "block_collaborative",
+    "block_collaborative.start": "found",
+    "block_collaborative.form": "free",
+    "block_collaborative.metric": "gradient",
+    "block_collaborative.free_steps": 20,
+    "block_collaborative.batch": 4,
+}
+
+
+class Bench:
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.out = arguments.out
+        self.report = json.loads(self.out.read_text()) if self.out.exists() else {"rows": {}}
+        calibration = Calibration(arguments.calibration, windows=32, length=512)
+        self.run = Run(arguments.model, "eckart", {}, calibration, None, (), (), "cpu", "auto", None, silent)
+        self.tests = read_tests(self.run, arguments.test)
+        self.dense = {c: [log_probabilities(self.run.model, w) for w in ws] for c, ws in self.tests.items()}
+        self.report["dense"] = figures(self.run, self.tests, self.dense)
+        self.report["versions"] = versions()
+
+    def chain(self, plan: Plan, keep: float, steps: list[tuple[str, dict]]) -> None:
+        """Refine one closed form step after step and measure after each; a step is the row's name and its options."""
+        run = self.run
+        if all(f"{name} {keep}" in self.report["rows"] for name, _ in steps):
+            return
+        groups, entries = resolve(plan, run.layout.targets)
+        names = [name for entry in entries if entry.rank is not None for name in entry.targets]
+        weights = {name: weight_view(run.model.get_submodule(name)) for name in names}
+        assert run.windows is not None
+        notes: list = []
+        seconds = 0.0
+        with in_place(run.model, groups, entries, run.put):
+            for name, options in steps:
+                start = time.perf_counter()
+                for refiner in recipes.find("eckart", options).make_refiners():
+                    known = (run.model, run.layout, plan, weights, run.windows.ids, silent, None, notes)
+                    refiner.refine_(Refinement(*known, run.windows.spare))
+                seconds += time.perf_counter() - start
+                row = {**plan.reached, **figures(run, self.tests, self.dense), "seconds_refine": round(seconds, 1)}
+                row["seconds_shared"] = {stage: round(value, 1) for stage, value in run.seconds.items()}
+                self.report["rows"][f"{name} {keep}"] = {**row, "refinement": list(notes)}
+                print(name, keep, row["wikitext-2"], row["python-docs"], row["seconds_refine"], flush=True)
+                write_text(self.out, json.dumps(self.report, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("calibration")
+    parser.add_argument("test")
+    parser.add_argument("--keep", type=float, nargs="*", default=[0.8, 0.6])
+    parser.add_argument("--also-blocks", type=float, nargs="*", default=[0.8, 0.6])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/refinement.json"))
+    bench = Bench(parser.parse_args())
+    arguments = parser.parse_args()
+    recover = {"refiners": "recover"}
+    plans = {keep: bench.run.make_plan(Goal.of(keep, None, None), 1) for keep in arguments.keep}
+    for keep, plan in plans.items():
+        bench.chain(plan, keep, [("eckart", {"refiners": "none"}), ("eckart --recover", recover)])
+    for keep in arguments.also_blocks:
+        together = [("eckart, blocks refined", BLOCKS), ("eckart, blocks refined, --recover", recover)]
+        bench.chain(plans[keep], keep, together)
+
+
+if __name__ == "__main__":
+    main()
