@@ -51,6 +51,11 @@ def read_rows(results: Path) -> tuple[Rows, dict[str, float]]:
     stored = json.loads((results / "recipes.json").read_text())["rows"]
     for key, row in stored.items():
         put_row(rows, key, {corpus: row[corpus]["perplexity"] for corpus in CORPORA}, row)
+    for key, row in read(results / "refinement.json").items():
+        if not key.startswith("eckart 0"):
+            shared = dict(row["seconds_shared"])
+            seconds = {"seconds": sum(shared.values()) + row["seconds_refine"], **{c: row[c] for c in CORPORA}}
+            put_row(rows, key, {corpus: row[corpus]["perplexity"] for corpus in CORPORA}, seconds)
     duo = json.loads((results / "duo_svd.json").read_text())
     for key, row in duo["rows"].items():
         name = {"both": "duo-svd", "both compensated": "duo-svd, compensated"}.get(key.rpartition(" ")[0])

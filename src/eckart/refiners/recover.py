@@ -30,10 +30,9 @@ class Recover(Refiner):
     to go does; it rises over the first `warm_up` share of the steps and falls to zero along a cosine. After
     each of `epochs` the next-token loss is taken on text that the statistics have not seen, or, where there
     is none, on the last `held_out` share of the windows, which are then not trained on. The factors that
-    are best there are kept, those from before
-    if none is better. (Not the KL there: a few thousand tokens are soon learned by heart, and a model that is
-    less sure where it was wrong predicts text better without being nearer to the dense one; LOG.md. Both
-    are noted.)
+    are best there are kept, those from before if none is better. (Not by the KL there: a few thousand tokens
+    are soon learned by heart, and a model that is less sure where it was wrong predicts text better without
+    being nearer to the dense one; LOG.md. Both are noted.)
     """
 
     epochs: int = 3
