@@ -1,5 +1,7 @@
 """Decompose every group of a model once."""
 
+import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
@@ -16,6 +18,7 @@ from eckart.sweep import sweep
 from eckart.types import Group
 
 Tensor = torch.Tensor
+log = logging.getLogger(__name__)
 
 
 def decompose(
@@ -54,6 +57,8 @@ def decompose(
         waiting = [group for group in waiting if group.name not in done]
         needed = {name for group in waiting for name in group.names}
         statistics = {name: value for name, value in statistics.items() if name in needed}
+    for note, count in Counter(made.note for made in done.values() if made.note).items():
+        log.warning("%s (%d of %d groups)", note, count, len(done))
     return done
 
 

@@ -139,6 +139,29 @@ class Decomposition:
         assert inner is not None
         return _symmetric(right.times_root(right.times_root(inner.double()).T))
 
+    def tails_in(self, metric: Metric) -> Tensor:
+        """Squared errors in *another* metric of the cuts made in this one, at every rank from 0 to full, float64.
+
+        `metric` must know the weight from the same side as this decomposition, and no more: the smaller side
+        is enough, because a cut is a projection of the weight from there. With t for the vectors that a cut
+        leaves out, the left form has `W - Ŵ = Y_t Z_t^T W` with `Y = L^-T U`, `Z = L U`, and so the error
+        `tr(G' (W - Ŵ) H' (W - Ŵ)^T) = sum_ij (Y_t^T G' Y_t)_ij (Z_t^T W H' W^T Z_t)_ij`. The right form is its
+        mirror image: `W - Ŵ = W Z_t Y_t^T` with `Y = R^-T V`, `Z = R V`, and `H'` and `W^T G' W`.
+        """
+        if self.is_left_form:
+            own, side = self.metric.left, metric.left
+            pulled = metric.outer if metric.right is None else metric.right.sandwich(self.weight)
+        else:
+            own, side = self.metric.right, metric.right
+            pulled = metric.inner if metric.left is None else metric.left.sandwich(self.weight.T)
+        assert own is not None
+        assert side is not None
+        assert pulled is not None
+        y, z = own.times_root_inverse(self.vectors.T), own.times_root_transposed(self.vectors.T)  # transposed
+        terms = side.sandwich(y) * (z @ pulled @ z.T)
+        tails = terms.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)  # sums over the trailing squares
+        return torch.cat([tails, tails.new_zeros(1)])[: len(self.values) + 1]
+
     def truncate(self, rank: int) -> tuple[Tensor, Tensor]:
         """`(basis [rank, in], coefficients [out, rank])` of the best cut, in the weight's dtype.
 

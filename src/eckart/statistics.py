@@ -43,18 +43,29 @@ class Gram:
         self.tokens = 0
         self._sides: dict[float, Side] = {}
         self._totals: dict[tuple[Gram, ...], Gram] = {}
-        self._early: tuple[Tensor, int] | None = None
+        self.early: Gram | None = None
 
     def mark(self) -> None:
-        """Remember the sum so far, for `drift`."""
-        self._early = (self.matrix.clone(), self.tokens)
+        """Remember the sum so far as `early`. Once only: targets with one input share their Gram."""
+        if self.early is None or self.early.tokens != self.tokens:
+            self.early = Gram(len(self.matrix), self.matrix.device)
+            self.early.matrix, self.early.tokens = self.matrix.clone(), self.tokens
+
+    @property
+    def late(self) -> "Gram | None":
+        """The sum of what came since the mark; None without a mark."""
+        if self.early is None:
+            return None
+        rest = Gram(len(self.matrix), self.matrix.device)
+        rest.matrix, rest.tokens = self.matrix - self.early.matrix, self.tokens - self.early.tokens
+        return rest
 
     @property
     def drift(self) -> float | None:
         """By how much the mean `x x^T` moved since the mark, relative, in the Frobenius norm; None without a mark."""
-        if self._early is None or not self._early[1] or not bool(self.matrix.any()):
+        if self.early is None or not self.early.tokens or not bool(self.matrix.any()):
             return None
-        mean, early = self.matrix / self.tokens, self._early[0] / self._early[1]
+        mean, early = self.matrix / self.tokens, self.early.matrix / self.early.tokens
         return float((mean - early).norm() / mean.norm())
 
     def add_(self, x: Tensor) -> None:
@@ -97,6 +108,8 @@ class Statistics:
     `gradient_gram` is `G = sum g g^T` `[out, out]`. A tall matrix has `pulled_gradient_gram`
     `W^T G W` `[in, in]` instead, the Gram of the layer's own input gradients. `gradient_energy` is
     `sum |g|^2 / out`, and `predictions` counts the tokens that were predicted.
+
+    `early` is what the Grams, energies and counts were at the mark; None without one.
     """
 
     tokens: int = 0
@@ -110,6 +123,38 @@ class Statistics:
     pulled_gradient_gram: Gram | None = None
     gradient_energy: float = 0.0
     predictions: int = 0
+    early: "Statistics | None" = None
+
+    def mark(self) -> None:
+        """Remember the Grams, energies and counts so far as `early`."""
+        for gram in self.grams:
+            gram.mark()
+        self.early = Statistics(
+            tokens=self.tokens,
+            input_gram=self.input_gram and self.input_gram.early,
+            output_gram=self.output_gram and self.output_gram.early,
+            input_energy=self.input_energy,
+            gradient_gram=self.gradient_gram and self.gradient_gram.early,
+            pulled_gradient_gram=self.pulled_gradient_gram and self.pulled_gradient_gram.early,
+            gradient_energy=self.gradient_energy,
+            predictions=self.predictions,
+        )
+
+    @property
+    def late(self) -> "Statistics | None":
+        """The Grams, energies and counts of what came since the mark; None without one."""
+        if self.early is None:
+            return None
+        return Statistics(
+            tokens=self.tokens - self.early.tokens,
+            input_gram=self.input_gram and self.input_gram.late,
+            output_gram=self.output_gram and self.output_gram.late,
+            input_energy=self.input_energy - self.early.input_energy,
+            gradient_gram=self.gradient_gram and self.gradient_gram.late,
+            pulled_gradient_gram=self.pulled_gradient_gram and self.pulled_gradient_gram.late,
+            gradient_energy=self.gradient_energy - self.early.gradient_energy,
+            predictions=self.predictions - self.early.predictions,
+        )
 
     @property
     def grams(self) -> list[Gram]:
@@ -119,10 +164,10 @@ class Statistics:
 
 
 def mark_three_quarters(collected: Iterable[Statistics], done: int, total: int) -> None:
-    """Called after each of `total` batches: marks the Grams when three quarters are done (not of one batch)."""
+    """Called after each of `total` batches: marks the statistics when three quarters are done (not of one batch)."""
     if total > 1 and done == max(1, total * 3 // 4):
-        for gram in {id(gram): gram for statistics in collected for gram in statistics.grams}.values():
-            gram.mark()
+        for statistics in collected:
+            statistics.mark()
 
 
 @dataclass(frozen=True)
@@ -137,6 +182,15 @@ class GroupStatistics:
         moved = [gram.drift for member in self.members for gram in member.grams]
         known = [drift for drift in moved if drift is not None]
         return max(known) if known else None
+
+    @property
+    def early_and_late(self) -> "tuple[GroupStatistics, GroupStatistics] | None":
+        """What was collected before and after the mark of three quarters; None if a member has no mark."""
+        early = tuple(member.early for member in self.members if member.early is not None)
+        late = tuple(member.late for member in self.members if member.late is not None)
+        if not len(early) == len(late) == len(self.members) or not self.members:
+            return None
+        return GroupStatistics(early), GroupStatistics(late)
 
     def input_side(self, damping: float) -> Side | None:
         """The summed input Gram of the members as a side of a metric, or None if it was not collected."""

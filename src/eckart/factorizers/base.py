@@ -5,9 +5,10 @@ Most methods differ only in their metric and override `metric`; a method of anot
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 
@@ -23,18 +24,21 @@ class GroupDecomposition:
     """The decomposition of a group's stacked weight: a spectrum, and factors at any rank.
 
     `drift` is by how much its metric moved over the last quarter of the calibration, None if that is unknown.
+    `details` are figures behind its metric, for the plan; `note` is a line for the log, said once for all groups.
     """
 
     drift: float | None = None
+    note: str | None = None
 
     def __init__(self, group: Group, decomposition: Decomposition, nats: float | None = None) -> None:
         self.group = group
         self.decomposition = decomposition
         self.spectrum = Spectrum(group, decomposition.values.cpu(), nats)
+        self.details: dict[str, Any] = {}
 
     def settle(self, entry: Entry) -> Entry:
-        """The entry with everything decided that an allocator left open; here there is nothing."""
-        return entry
+        """The entry with everything decided that an allocator left open (here nothing), and with `details`."""
+        return replace(entry, details={**entry.details, **self.details}) if self.details else entry
 
     def truncate(self, rank: int, kept: int | None = None) -> Factors:
         """Factors of the best replacement of rank `rank`, 1 <= rank <= full rank, with `kept` columns exact.
@@ -74,10 +78,17 @@ class Factorizer(ABC):
         Raises `NumericalError` naming the group when the result is not finite.
         """
         weight = weights[0] if len(weights) == 1 else torch.cat(list(weights))
-        try:
+        with failures_named(group):
             decomposition = Decomposition(weight, self.metric(weight, statistics))
-        except RuntimeError as error:  # torch's LinAlgError is one
-            raise NumericalError(f"{group.name}: eigendecomposition failed: {error}") from None
         if not torch.isfinite(decomposition.values).all():
             raise NumericalError(f"{group.name}: NaN or infinity in its spectrum.")
         return GroupDecomposition(group, decomposition, self.nats(statistics))
+
+
+@contextmanager
+def failures_named(group: Group) -> Iterator[None]:
+    """An eigenproblem that fails becomes a `NumericalError` that names the group."""
+    try:
+        yield
+    except RuntimeError as error:  # torch's LinAlgError is one
+        raise NumericalError(f"{group.name}: eigendecomposition failed: {error}") from None

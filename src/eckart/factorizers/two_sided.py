@@ -3,15 +3,18 @@
 SVD-LLM with one thing more: errors are also weighed by what they do to the model's loss.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, final
 
 import torch
 
 from eckart.errors import OptionError
-from eckart.factorizers.base import Factorizer
+from eckart.factorizers.base import Factorizer, GroupDecomposition, failures_named
 from eckart.linalg import Metric, Side
+from eckart.shrinkage import CANDIDATES, held_out_errors
 from eckart.statistics import GroupStatistics, Need
+from eckart.types import Group
 
 Tensor = torch.Tensor
 
@@ -32,24 +35,55 @@ class TwoSided(Factorizer):
     `labels = "sampled"` from the model's own predictions makes it the Fisher information, and the
     loss the KL divergence from the dense model; `"mixed"` estimates the same with less noise, by all
     labels at once under random signs; `"true"` is the empirical Fisher. A shrinkage a in
-    [0, 1) replaces a Gram K by `(1 - a) K + a mean(diag K) I`. What is not modelled: errors of
-    different weights and of different tokens are taken to be independent.
+    [0, 1) replaces a Gram K by `(1 - a) K + a mean(diag K) I`; "auto" for gradients chooses a for each group by
+    held-out prediction (`eckart.shrinkage`). What is not modelled: errors of different weights and of
+    different tokens are taken to be independent.
     """
 
     input_shrinkage: float = 1e-4
-    gradient_shrinkage: float = 0.1
+    gradient_shrinkage: float | str = 0.1
     labels: Literal["sampled", "mixed", "true"] = "sampled"
 
     def __post_init__(self) -> None:
-        for name in ("input_shrinkage", "gradient_shrinkage"):
-            if not 0 <= getattr(self, name) < 1:
-                raise OptionError(f"two_sided.{name} is {getattr(self, name):g}, but must lie in [0, 1).")
+        if not 0 <= self.input_shrinkage < 1:
+            raise OptionError(f"two_sided.input_shrinkage is {self.input_shrinkage:g}, but must lie in [0, 1).")
+        given = self.gradient_shrinkage
+        if given != "auto" and (isinstance(given, str) or not 0 <= given < 1):
+            raise OptionError(f'two_sided.gradient_shrinkage is {given!r}, but must lie in [0, 1) or be "auto".')
 
     @property
     def needs(self) -> tuple[Need, ...]:  # type: ignore[override]
         return (Need.SMALLER_GRAM, LABELS[self.labels])
 
+    def decompose(self, group: Group, weights: Sequence[Tensor], statistics: GroupStatistics) -> GroupDecomposition:
+        """Decompose as every factorizer does, "auto" replaced by its choice before that."""
+        if not isinstance(self.gradient_shrinkage, str):
+            return super().decompose(group, weights, statistics)
+        losses = self._held_out_losses(group, torch.cat(list(weights)), statistics)
+        chosen = min(losses, key=losses.__getitem__) if losses else CANDIDATES[0]
+        made = replace(self, gradient_shrinkage=chosen).decompose(group, weights, statistics)
+        made.details["gradient_shrinkage"] = chosen
+        if losses:
+            made.details["held_out_loss"] = {f"{a:g}": float(f"{loss:.6g}") for a, loss in losses.items()}
+        else:
+            made.note = f"gradient_shrinkage=auto needs two batches of calibration text or more; taking {chosen:g}"
+        return made
+
+    def _held_out_losses(self, group: Group, weight: Tensor, statistics: GroupStatistics) -> dict[float, float]:
+        """What each candidate's cuts lose on the last quarter, in nats per token; nothing if no quarter is known."""
+        parts = statistics.early_and_late
+        if parts is None:
+            return {}
+        early, late = parts
+        plain = replace(self, input_shrinkage=0.0, gradient_shrinkage=0.0)
+        candidates = {a: replace(self, gradient_shrinkage=a) for a in CANDIDATES}
+        with failures_named(group):
+            metrics = ((a, candidate.metric(weight, early)) for a, candidate in candidates.items())
+            errors = held_out_errors(group, weight, metrics, plain.metric(weight, late))
+        return {a: plain.nats(late) * error for a, error in errors.items()}
+
     def metric(self, weight: Tensor, statistics: GroupStatistics) -> Metric:
+        """The metric for a shrinkage that is a number; `decompose` puts one in place of "auto"."""
         metric = statistics.input_metric(weight, _as_damping(self.input_shrinkage))
         damping, members = _as_damping(self.gradient_shrinkage), statistics.members
         if weight.shape[0] > weight.shape[1] and metric.right is not None:
@@ -71,13 +105,19 @@ class TwoSided(Factorizer):
     def nats(self, statistics: GroupStatistics) -> float:
         """Half of the shrinkages' `1 - a` over tokens, predictions and, for the mean input, members."""
         first = statistics.members[0]
-        shrunk = (1 - self.input_shrinkage) * (1 - self.gradient_shrinkage)
+        shrunk = (1 - self.input_shrinkage) * (1 - _number(self.gradient_shrinkage))
         return shrunk / (2 * first.tokens * first.predictions * len(statistics.members))
 
 
-def _as_damping(shrinkage: float) -> float:
+def _as_damping(shrinkage: float | str) -> float:
     """`(1 - a) K + a c I = (1 - a) (K + a / (1 - a) c I)`; the factor `1 - a` is put into `nats`."""
-    return shrinkage / (1 - shrinkage)
+    return _number(shrinkage) / (1 - _number(shrinkage))
+
+
+def _number(shrinkage: float | str) -> float:
+    if isinstance(shrinkage, str):
+        raise ValueError(f"a shrinkage of {shrinkage!r} has no metric yet; decompose chooses a number for it")
+    return shrinkage
 
 
 def _energy(energy: float) -> float:
