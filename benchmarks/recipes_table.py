@@ -51,11 +51,16 @@ def read_rows(results: Path) -> tuple[Rows, dict[str, float]]:
     stored = json.loads((results / "recipes.json").read_text())["rows"]
     for key, row in stored.items():
         put_row(rows, key, {corpus: row[corpus]["perplexity"] for corpus in CORPORA}, row)
-    for key, row in read(results / "refinement.json").items():
-        if not key.startswith("eckart 0"):
-            shared = dict(row["seconds_shared"])
-            seconds = {"seconds": sum(shared.values()) + row["seconds_refine"], **{c: row[c] for c in CORPORA}}
-            put_row(rows, key, {corpus: row[corpus]["perplexity"] for corpus in CORPORA}, seconds)
+    refined = read(results / "refinement.json")
+    shares = len({key.rpartition(" ")[2] for key in refined})
+    for key, row in refined.items():
+        stages = dict(row["seconds_shared"])
+        seconds = {"seconds": sum(stages.values()) - stages["probe"] * (1 - 1 / shares) + row["seconds_refine"]}
+        if key.startswith("eckart 0"):  # the same as in recipes.json, with nothing else running
+            rows["eckart"][float(key.rpartition(" ")[2])] |= seconds
+        else:
+            perplexity = {corpus: row[corpus]["perplexity"] for corpus in CORPORA}
+            put_row(rows, key, perplexity, {**seconds, **{corpus: row[corpus] for corpus in CORPORA}})
     duo = json.loads((results / "duo_svd.json").read_text())
     for key, row in duo["rows"].items():
         name = {"both": "duo-svd", "both compensated": "duo-svd, compensated"}.get(key.rpartition(" ")[0])
