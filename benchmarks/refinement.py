@@ -24,14 +24,7 @@ from eckart.provenance import versions
 from eckart.refiners.base import Refinement
 from eckart.run import Run
 
-BLOCKS = {  # from the closed form on, in the metric of the residual stream
-    "refiners": "block_collaborative",
-    "block_collaborative.start": "found",
-    "block_collaborative.form": "free",
-    "block_collaborative.metric": "gradient",
-    "block_collaborative.free_steps": 20,
-    "block_collaborative.batch": 4,
-}
+BLOCKS = {"refiners": "block_collaborative"}
 
 
 class Bench:
@@ -59,7 +52,7 @@ class Bench:
         with in_place(run.model, groups, entries, run.put):
             for name, options in steps:
                 start = time.perf_counter()
-                for refiner in recipes.find("eckart", options).make_refiners():
+                for refiner in recipes.find("eckart-full", options).make_refiners():
                     known = (run.model, run.layout, plan, weights, run.windows.ids, silent, None, notes)
                     refiner.refine_(Refinement(*known, run.windows.spare))
                 seconds += time.perf_counter() - start

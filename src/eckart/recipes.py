@@ -91,6 +91,23 @@ BUILT_IN = {
             about="Fisher metric, one water level over the model, pivoted storage; predicts and measures its loss",
         ),
         Recipe(
+            "eckart-full",
+            "two_sided",
+            "water_level",
+            refiners=("block_collaborative", "recover"),
+            options={
+                "allocator": {"storage": "pivoted", "correction": "cheap"},
+                "block_collaborative": {
+                    "start": "found",
+                    "form": "free",
+                    "metric": "gradient",
+                    "free_steps": 20,
+                    "batch": 4,
+                },
+            },
+            about="eckart, then blocks refined in the residual stream's metric, then recovery; minutes more",
+        ),
+        Recipe(
             "lc-svd",
             "svd_llm",
             "error_search",
