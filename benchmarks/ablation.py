@@ -1,9 +1,9 @@
 """From svd-llm to eckart one part at a time, and eckart with one part removed at a time.
 
-    python benchmarks/ablation.py MODEL CALIBRATION.txt TEST.txt
+    python benchmarks/ablation.py MODEL CALIBRATION.txt TEST.txt [--only two-sided] [--keep 0.8 0.6]
 
 The protocol of `recipes.py`. One calibration of each metric serves all rows that have it. Rows are written as they
-come; a second run measures only what is missing. Recovery and refinement are rows of `recipes.py`.
+come; a second run measures only what is missing. Recovery and refinement: `refinement.py`.
 """
 
 import argparse
@@ -41,7 +41,6 @@ ROWS = {  # options that make the row of recipe `eckart`, metric by metric
     "true labels": {"true labels instead of sampled": {"factorizer.labels": "true"}},
     "mixed labels": {"mixed labels instead of sampled": {"factorizer.labels": "mixed"}},
 }
-KEEPS = (0.8, 0.6)
 
 
 def main() -> None:
@@ -51,11 +50,13 @@ def main() -> None:
     parser.add_argument("test")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ablation.json"))
     parser.add_argument("--work", default=None)
+    parser.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS), help="metrics; all without it")
+    parser.add_argument("--keep", type=float, nargs="*", default=[0.8, 0.6])
     arguments = parser.parse_args()
     report = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": {}}
     report["versions"] = versions()
-    for rows in ROWS.values():
-        if all(f"{name} {keep}" in report["rows"] for name in rows for keep in KEEPS):
+    for rows in (ROWS[metric] for metric in arguments.only):
+        if all(f"{name} {keep}" in report["rows"] for name in rows for keep in arguments.keep):
             continue
         variants = {name: recipes.find("eckart", options) for name, options in rows.items()}
         calibration = Calibration(arguments.calibration, windows=32, length=512)
@@ -65,7 +66,7 @@ def main() -> None:
         dense = {label: [log_probabilities(run.model, w) for w in windows] for label, windows in tests.items()}
         report["dense"] = figures(run, tests, dense)
         for name, run.recipe in variants.items():
-            for keep in KEEPS:
+            for keep in arguments.keep:
                 if f"{name} {keep}" in report["rows"]:
                     continue
                 plan = run.make_plan(Goal.of(keep, None, None), 1)
