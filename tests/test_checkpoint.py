@@ -165,6 +165,15 @@ def test_tokenizer_template_and_generation_config_survive(make: Make, tokenizer:
     assert checkpoint.load(tmp_path / "saved").generation_config.max_new_tokens == 7
 
 
+def test_whoever_may_read_the_folder_may_read_its_files(make: Make, tmp_path: Path) -> None:
+    earlier = os.umask(0o027)
+    try:
+        checkpoint.save(make("llama"), tmp_path / "saved", provenance=PROVENANCE)
+    finally:
+        os.umask(earlier)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "saved").iterdir()} == {0o640}
+
+
 def test_plan_comes_back(saved: Path, make: Make) -> None:
     assert checkpoint.read_plan(saved) == plan_of(make("llama"))
 

@@ -49,6 +49,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
+        _follow_umask(partial)
         if path.is_dir():
             path.rmdir()  # empty, as checked; os.replace cannot take its place on every system
         os.replace(partial, path)
@@ -56,6 +57,14 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise output_error(path, error) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _follow_umask(folder: Path) -> None:
+    """Let whoever may read the folder read its files: safetensors makes its own for the owner alone."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def output_error(path: Path, error: Exception) -> OutputError:
