@@ -15,7 +15,7 @@ Rows = dict[str, dict[float, dict[str, Any]]]  # recipe -> share -> what was mea
 ORDER = (
     "svd", "fwsvd", "asvd", "svd-llm", "basis-sharing", "d-rank", "cpsvd", "duo-svd", "duo-svd, compensated",
     "lc-svd-fixed", "lc-svd", "eckart, uncorrected", "eckart", "eckart, blocks refined", "eckart --recover",
-    "eckart, blocks refined, --recover",
+    "eckart-full",
 )  # fmt: skip
 
 

@@ -78,7 +78,7 @@ def main() -> None:
     for keep, plan in plans.items():
         bench.chain(plan, keep, [("eckart", {"refiners": "none"}), ("eckart --recover", recover)])
     for keep in arguments.also_blocks:
-        together = [("eckart, blocks refined", BLOCKS), ("eckart, blocks refined, --recover", recover)]
+        together = [("eckart, blocks refined", BLOCKS), ("eckart-full", recover)]
         bench.chain(plans[keep], keep, together)
 
 
