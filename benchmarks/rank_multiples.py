@@ -1,0 +1,91 @@
+"""What `--rank-multiple` buys and costs: speed, predicted loss and perplexity for ranks in multiples of 1 to 64.
+
+    python benchmarks/rank_multiples.py MODEL CALIBRATION.txt TEST.txt [--keep 0.6]
+
+Recipe `eckart` without its correction, stored as pairs and pivoted, from one calibration. Prompts of 128 tokens and
+then single ones, batch 1, one thread, float32; all variants and the dense model take turns.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from recipes import figures, log_probabilities, read_tests
+
+from eckart import Calibration, recipes
+from eckart.files import write_text
+from eckart.goals import Goal
+from eckart.linear import swap_
+from eckart.plans import resolve
+from eckart.probe import in_place
+from eckart.progress import silent
+from eckart.provenance import versions
+from eckart.run import Run
+from eckart.speed_subjects import TorchSubject, prompt_ids
+from eckart.storage import store_
+
+MULTIPLES, STORAGES = (1, 8, 16, 32, 64), ("pair", "pivoted")
+PROMPT, STEPS = 128, 8
+
+
+def once(subject: TorchSubject, ids: torch.Tensor) -> tuple[float, float]:
+    """Seconds of the prompt, and of one step (the median)."""
+    subject.prefill(ids)  # another model has just run
+    at = time.perf_counter()
+    token, state = subject.prefill(ids)
+    first, steps = time.perf_counter() - at, []
+    for _ in range(STEPS):
+        at = time.perf_counter()
+        token, state = subject.step(token, state)
+        steps.append(time.perf_counter() - at)
+    return first, statistics.median(steps)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("calibration")
+    parser.add_argument("test")
+    parser.add_argument("--keep", type=float, default=0.6)
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/rank_multiples.json"))
+    given = parser.parse_args()
+    calibration = Calibration(given.calibration, windows=32, length=512)
+    recipe = recipes.find("eckart", {"allocator.correction": "off"})
+    run = Run(given.model, recipe, None, calibration, None, (), (), "cpu", "auto", None, silent)
+    tests = read_tests(run, given.test)
+    dense = {label: [log_probabilities(run.model, w) for w in windows] for label, windows in tests.items()}
+    rows, layers = {}, {"dense": {}}
+    for storage in STORAGES:
+        run.recipe = recipes.find("eckart", {"allocator.correction": "off", "allocator.storage": storage})
+        for multiple in MULTIPLES:
+            plan = run.make_plan(Goal.of(given.keep, None, None), multiple)
+            groups, entries = resolve(plan, run.layout.targets)
+            names = [entry.name for entry in entries if entry.rank is not None]
+            key = f"{storage}, multiples of {multiple}"
+            with in_place(run.model, groups, entries, run.put):
+                layers[key] = {name: store_(run.model, name, storage) for name in names}
+                rows[key] = {**plan.reached, **figures(run, tests, dense)}
+            print(key, rows[key]["predicted_kl"], rows[key]["wikitext-2"], rows[key]["python-docs"], flush=True)
+    torch.set_num_threads(1)
+    subject, ids = TorchSubject(run.model), prompt_ids(run.model.config.vocab_size, 1, PROMPT)
+    seconds: dict[str, list[tuple[float, float]]] = {key: [] for key in layers}
+    for turn in range(given.turns):
+        for key in list(layers)[:: 1 if turn % 2 else -1]:
+            before = {name: swap_(run.model, name, layer) for name, layer in layers[key].items()}
+            seconds[key].append(once(subject, ids))
+            for name, layer in before.items():
+                swap_(run.model, name, layer)
+    for key, row in rows.items():
+        for phase, name in enumerate(("prefill", "decode")):
+            ratios = [d[phase] / c[phase] for d, c in zip(seconds["dense"], seconds[key], strict=True)]
+            row[f"{name}_speedup"] = statistics.median(ratios)
+        print(key, round(row["prefill_speedup"], 3), round(row["decode_speedup"], 3), flush=True)
+    write_text(given.out, json.dumps({"keep": given.keep, "rows": rows, "versions": versions()}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
