@@ -28,7 +28,7 @@ def make_recipes_table(results: Path) -> str:
         "Perplexity on the first 8 windows of 512 of its test text / of the second half of Python's documentation,",
         "which is unlike it. In bold the best of a column. "
         f"Dense: {number(dense['wikitext-2'])} / {number(dense['python-docs'])}.",
-        "The lc-svd rows: 20 steps of 4 windows for each block (default 100 of 8), 24 candidates on 4 windows (64 on 32).",
+        "lc-svd: 20 steps of 4 windows for each block (default 100 of 8), 24 candidates on 4 windows (64 on 32).",
         "",
         "| recipe | " + " | ".join(f"{keep:.0%} kept" for keep in KEEPS) + " |",
         "| --- |" + " --- |" * len(KEEPS),
