@@ -1,6 +1,6 @@
 """The README's table of recipes: both corpora, predicted and measured KL, time and memory.
 
-Read from benchmarks/results/: `recipes.json` (`benchmarks/recipes.py`), and for the two methods that search for
+Read from benchmarks/results/: `recipes.json`, `refinement.json`, `ablation.json`, and for the two methods that search for
 long, `duo_svd.json` and `lc_svd.json` (the benchmarks of those names). `-` where nobody has measured.
 """
 
@@ -14,8 +14,8 @@ Rows = dict[str, dict[float, dict[str, Any]]]  # recipe -> share -> what was mea
 
 ORDER = (
     "svd", "fwsvd", "asvd", "svd-llm", "basis-sharing", "d-rank", "cpsvd", "duo-svd", "duo-svd, compensated",
-    "lc-svd-fixed", "lc-svd", "eckart, uncorrected", "eckart", "eckart, blocks refined", "eckart --recover",
-    "eckart-full",
+    "lc-svd-fixed", "lc-svd", "eckart, uncorrected", "eckart", "eckart, correction=full", "eckart, blocks refined",
+    "eckart --recover", "eckart-full",
 )  # fmt: skip
 
 
@@ -63,6 +63,10 @@ def read_rows(results: Path) -> tuple[Rows, dict[str, float]]:
         else:
             perplexity = {corpus: row[corpus]["perplexity"] for corpus in CORPORA}
             put_row(rows, key, perplexity, {**seconds, **{corpus: row[corpus] for corpus in CORPORA}})
+    for key, row in read(results / "ablation.json").items():
+        if key.startswith("correction in full "):
+            name = f"eckart, correction=full {key.rpartition(' ')[2]}"
+            put_row(rows, name, {corpus: row[corpus]["perplexity"] for corpus in CORPORA}, row)
     duo = json.loads((results / "duo_svd.json").read_text())
     for key, row in duo["rows"].items():
         name = {"both": "duo-svd", "both compensated": "duo-svd, compensated"}.get(key.rpartition(" ")[0])
