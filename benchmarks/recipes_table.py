@@ -1,7 +1,7 @@
 """The README's table of recipes: both corpora, predicted and measured KL, time and memory.
 
-Read from benchmarks/results/: `recipes.json`, `refinement.json`, `ablation.json`, and for the two methods that search for
-long, `duo_svd.json` and `lc_svd.json` (the benchmarks of those names). `-` where nobody has measured.
+Read from benchmarks/results/: `recipes.json`, `refinement.json`, `ablation.json`, and for the two methods that search
+for long, `duo_svd.json` and `lc_svd.json` (the benchmarks of those names). `-` where nobody has measured.
 """
 
 import json
