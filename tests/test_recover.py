@@ -52,6 +52,19 @@ def test_divergence_falls_and_all_else_stays(family, make):
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
+def test_the_rate_goes_with_the_root_of_the_distance(make):
+    """The first step of Adam moves a factor by the rate, whatever its gradient."""
+    dense, work = work_on("llama", make)
+    work = replace(work, unseen=text_of(dense, 4, seed=9))
+    distance = kl(dense, work.model, work.unseen)
+    assert 0.1 < distance < 0.9  # so that neither 1 nor the distance itself would do for its root
+    before = {n: p.clone() for n, p in work.model.named_parameters()}
+    Recover(epochs=1, windows_per_step=len(work.windows), learning_rate=1e-3).refine_(work)
+    assert work.notes[0]["kept_epoch"] == 1
+    moved = max(float((p - before[n]).abs().max()) for n, p in work.model.named_parameters())
+    assert moved == pytest.approx(1e-3 * distance**0.5, rel=0.01)
+
+
 def test_what_does_not_help_is_rolled_back(make):
     _, work = work_on("llama", make)
     before = {n: p.clone() for n, p in work.model.named_parameters()}

@@ -11,7 +11,7 @@ from test_block_collaborative import make_model, trained_state  # noqa: F401
 from test_residual_metric import grams_by_autograd, weighted_errors
 
 import eckart
-from eckart import hf
+from eckart import hf, recipes
 from eckart._cli import main
 from eckart._cli.compress import with_recovery
 from eckart.checkpoint import load_model
@@ -88,6 +88,17 @@ def test_refined_then_recovered(folder, monkeypatch):
     assert loss(recovered, text.spare) < loss(refined, text.spare)
 
 
+def test_the_full_recipe_is_eckart_and_then_both_refiners(folder):
+    calibration = eckart.Calibration("text.txt", windows=12, length=24)
+    few = {"block_collaborative.free_steps": 2, "recover.epochs": 1}
+    made = eckart.compress("dense", recipe="eckart-full", keep=0.6, calibration=calibration, options=few)
+    assert [note["refiner"] for note in made.provenance["refinement"]] == ["block_collaborative"] * 3 + ["recover"]
+    bare, eckarts = recipes.find("eckart-full", {"refiners": "none"}), recipes.find("eckart", {})
+    assert {**bare.to_dict(), "name": "eckart"} == eckarts.to_dict()  # the same closed form, whatever its defaults
+    blocks = recipes.find("eckart-full", {}).to_dict()["refiners"][0]
+    assert (blocks["start"], blocks["form"], blocks["metric"]) == ("found", "free", "gradient")
+
+
 def test_recovery_comes_behind_the_refiners_that_an_option_names():
     assert with_recovery("eckart", {}) == {"refiners": "recover"}
     assert with_recovery("lc-svd", {}) == {"refiners": "block_collaborative,recover"}
@@ -96,4 +107,5 @@ def test_recovery_comes_behind_the_refiners_that_an_option_names():
         ("refiners", "alternating,recover"),
         ("recover.epochs", "1"),
     ]
+    assert with_recovery("eckart-full", {}) == {"refiners": "block_collaborative,recover"}  # once is enough
     assert with_recovery("eckart", {"refiners": "recover,alternating"}) == {"refiners": "recover,alternating"}
