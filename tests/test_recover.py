@@ -58,10 +58,10 @@ def test_the_rate_goes_with_the_root_of_the_distance(make):
     work = replace(work, unseen=text_of(dense, 4, seed=9))
     distance = kl(dense, work.model, work.unseen)
     assert 0.1 < distance < 0.9  # so that neither 1 nor the distance itself would do for its root
-    before = {n: p.clone() for n, p in work.model.named_parameters()}
+    before = {n: p.detach().clone() for n, p in work.model.named_parameters()}
     Recover(epochs=1, windows_per_step=len(work.windows), learning_rate=1e-3).refine_(work)
     assert work.notes[0]["kept_epoch"] == 1
-    moved = max(float((p - before[n]).abs().max()) for n, p in work.model.named_parameters())
+    moved = max(float((p.detach() - before[n]).abs().max()) for n, p in work.model.named_parameters())
     assert moved == pytest.approx(1e-3 * distance**0.5, rel=0.01)
 
 
