@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from recipes import figures, log_probabilities, measure_plan, read_tests
+from recipes import figures, measure_plan, read_tests
 
 from eckart import Calibration, recipes
 from eckart.files import write_text
@@ -62,8 +62,7 @@ def main() -> None:
         calibration = Calibration(arguments.calibration, windows=32, length=512)
         first = next(iter(variants.values()))
         run = Run(arguments.model, first, None, calibration, None, (), (), "cpu", "auto", arguments.work, silent)
-        tests = read_tests(run, arguments.test)
-        dense = {label: [log_probabilities(run.model, w) for w in windows] for label, windows in tests.items()}
+        tests, dense = read_tests(run, arguments.test)
         report["dense"] = figures(run, tests, dense)
         for name, run.recipe in variants.items():
             for keep in arguments.keep:

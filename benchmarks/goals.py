@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from recipes import figures, log_probabilities, measure_plan, read_tests
+from recipes import figures, measure_plan, read_tests
 
 from eckart import Calibration
 from eckart.files import write_text
@@ -32,8 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
     calibration = Calibration(arguments.calibration, windows=32, length=512)
     run = Run(arguments.model, "eckart", {}, calibration, None, (), (), "cpu", "auto", None, silent)
-    tests = read_tests(run, arguments.test)
-    dense = {label: [log_probabilities(run.model, w) for w in windows] for label, windows in tests.items()}
+    tests, dense = read_tests(run, arguments.test)
     report: dict = {"versions": versions(), "dense": figures(run, tests, dense), "bounds": {}, "sizes": {}}
     for bound in BOUNDS:
         plan = run.make_plan(Goal.of(None, None, bound), 1)

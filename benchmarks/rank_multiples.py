@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from recipes import figures, log_probabilities, read_tests
+from recipes import figures, read_tests
 
 from eckart import Calibration, recipes
 from eckart.files import write_text
@@ -56,8 +56,7 @@ def main() -> None:
     calibration = Calibration(given.calibration, windows=32, length=512)
     recipe = recipes.find("eckart", {"allocator.correction": "off"})
     run = Run(given.model, recipe, None, calibration, None, (), (), "cpu", "auto", None, silent)
-    tests = read_tests(run, given.test)
-    dense = {label: [log_probabilities(run.model, w) for w in windows] for label, windows in tests.items()}
+    tests, dense = read_tests(run, given.test)
     rows, layers = {}, {"dense": {}}
     for storage in STORAGES:
         run.recipe = recipes.find("eckart", {"allocator.correction": "off", "allocator.storage": storage})

@@ -55,8 +55,7 @@ def measure_recipe(name: str, arguments: argparse.Namespace) -> None:
     seconds = {stage: round(value, 1) for stage, value in run.seconds.items()}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     model_bytes = sum(p.nbytes for p in run.model.parameters())
-    tests = read_tests(run, arguments.test)
-    dense = {label: [log_probabilities(run.model, w) for w in windows] for label, windows in tests.items()}
+    tests, dense = read_tests(run, arguments.test)
     shared = {
         "recipe": run.recipe.to_dict(),
         "seconds_of_all_shares": seconds,
@@ -69,12 +68,13 @@ def measure_recipe(name: str, arguments: argparse.Namespace) -> None:
         print(json.dumps({"keep": keep, **row, **measure_plan(run, plan, tests, dense), **shared}), flush=True)
 
 
-def read_tests(run: Run, test: str) -> dict:
-    """The windows of both corpora."""
-    return {
+def read_tests(run: Run, test: str) -> tuple[dict, dict]:
+    """The windows of both corpora, and the log-probabilities of the dense model, which `run` still holds, on them."""
+    tests = {
         label: list(load_windows(spec, run.tokenizer, windows=TEST_WINDOWS, length=LENGTH, purpose="evaluation").ids)
         for label, spec in (("wikitext-2", test), ("python-docs", "python-docs"))
     }
+    return tests, {label: [log_probabilities(run.model, w) for w in windows] for label, windows in tests.items()}
 
 
 def measure_plan(run: Run, plan: Plan, tests: dict, dense: dict) -> dict:

@@ -11,7 +11,7 @@ import json
 import time
 from pathlib import Path
 
-from recipes import figures, log_probabilities, read_tests
+from recipes import figures, read_tests
 
 from eckart import Calibration, recipes
 from eckart.files import write_text
@@ -33,8 +33,7 @@ class Bench:
         self.report = json.loads(self.out.read_text()) if self.out.exists() else {"rows": {}}
         calibration = Calibration(arguments.calibration, windows=32, length=512)
         self.run = Run(arguments.model, "eckart", {}, calibration, None, (), (), "cpu", "auto", None, silent)
-        self.tests = read_tests(self.run, arguments.test)
-        self.dense = {c: [log_probabilities(self.run.model, w) for w in ws] for c, ws in self.tests.items()}
+        self.tests, self.dense = read_tests(self.run, arguments.test)
         self.report["dense"] = figures(self.run, self.tests, self.dense)
         self.report["versions"] = versions()
 
@@ -71,8 +70,8 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="*", default=[0.8, 0.6])
     parser.add_argument("--also-blocks", type=float, nargs="*", default=[0.8, 0.6])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/refinement.json"))
-    bench = Bench(parser.parse_args())
     arguments = parser.parse_args()
+    bench = Bench(arguments)
     recover = {"refiners": "recover"}
     plans = {keep: bench.run.make_plan(Goal.of(keep, None, None), 1) for keep in arguments.keep}
     for keep, plan in plans.items():
