@@ -19,7 +19,7 @@ from eckart.progress import silent
 from eckart.provenance import versions
 from eckart.run import Run
 
-PAIR, OFF = {"allocator.storage": "pair"}, {"allocator.correction": "off"}
+PAIR, OFF, CHEAP = {"allocator.storage": "pair"}, {"allocator.correction": "off"}, {"allocator.correction": "cheap"}
 ONE_SIDED = {"factorizer": "svd_llm"}
 ROWS = {  # options that make the row of recipe `eckart`, metric by metric
     "one-sided": {
@@ -33,13 +33,13 @@ ROWS = {  # options that make the row of recipe `eckart`, metric by metric
         "svd-llm + two-sided metric": {"allocator": "uniform"},
         "... + water level": {**PAIR, **OFF},
         "... + pivoted = without correction": OFF,
+        "... + cheap correction": CHEAP,
         "... + correction = eckart": {},
         "without water level": {"allocator": "uniform", "allocator.storage": "pivoted"},
         "without pivoted": PAIR,
-        "correction in full": {"allocator.correction": "full"},
     },
-    "true labels": {"true labels instead of sampled": {"factorizer.labels": "true"}},
-    "mixed labels": {"mixed labels instead of sampled": {"factorizer.labels": "mixed"}},
+    "true labels": {"cheap, true labels instead of sampled": {**CHEAP, "factorizer.labels": "true"}},
+    "mixed labels": {"cheap, mixed labels instead of sampled": {**CHEAP, "factorizer.labels": "mixed"}},
 }
 
 

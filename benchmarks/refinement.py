@@ -3,11 +3,13 @@
     python benchmarks/refinement.py MODEL CALIBRATION.txt TEST.txt [--keep 0.8 0.6] [--also-blocks 0.8 0.6]
 
 The protocol of `recipes.py`. Rows are written as they come; a second run measures only what is missing. The time of
-a row is what its refiners took; calibration and planning, which all rows share, are beside them.
+a row is what its refiners took; calibration and planning, which all rows share, are beside them. The peak of memory is
+the process's so far, less the model and the dense predictions kept for measuring; so run it for one share at a time.
 """
 
 import argparse
 import json
+import resource
 import time
 from pathlib import Path
 
@@ -46,6 +48,7 @@ class Bench:
         names = [name for entry in entries if entry.rank is not None for name in entry.targets]
         weights = {name: weight_view(run.model.get_submodule(name)) for name in names}
         assert run.windows is not None
+        assert run.held_out is not None
         notes: list = []
         seconds = 0.0
         with in_place(run.model, groups, entries, run.put):
@@ -55,11 +58,18 @@ class Bench:
                     known = (run.model, run.layout, plan, weights, run.windows.ids, silent, None, notes)
                     refiner.refine_(Refinement(*known, run.windows.spare))
                 seconds += time.perf_counter() - start
-                row = {**plan.reached, **figures(run, self.tests, self.dense), "seconds_refine": round(seconds, 1)}
+                row = {**plan.reached, "peak_minus_model_bytes": self._peak(), "seconds_refine": round(seconds, 1)}
+                row |= {**figures(run, self.tests, self.dense), "measured_kl": run.held_out.kl()}
                 row["seconds_shared"] = {stage: round(value, 1) for stage, value in run.seconds.items()}
                 self.report["rows"][f"{name} {keep}"] = {**row, "refinement": list(notes)}
                 print(name, keep, row["wikitext-2"], row["python-docs"], row["seconds_refine"], flush=True)
                 write_text(self.out, json.dumps(self.report, indent=1) + "\n")
+
+    def _peak(self) -> int:
+        """Bytes of memory that this process has had at most, without the model and what is kept for measuring."""
+        kept = sum(p.nbytes for p in self.run.model.parameters())
+        kept += sum(window.nbytes for windows in self.dense.values() for window in windows)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - kept
 
 
 def main() -> None:

@@ -112,7 +112,10 @@ def test_speeds_are_not_mixed_either(at):
 
 def test_another_name_of_the_same_text_is_no_other_text(at):
     """The hash of the tokens decides, and where the file lay does not."""
-    eckart.compare(["A", "B"], results=at(result("A", 3.0), result("B", 3.5, spec="/elsewhere/x.txt", device="cuda")))
+    paths = at(result("A", 3.0), result("B", 3.5, spec="/elsewhere/x.txt", device="cuda"))
+    rows = eckart.compare(["A", "B"], results=paths)["models"]
+    assert [len(row["perplexities"]) for row in rows] == [1, 1]
+    assert set(rows[0]["perplexities"]) == set(rows[1]["perplexities"])
 
 
 def test_a_model_without_a_corpus_is_refused_and_one_without_any_is_not(at):

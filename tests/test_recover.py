@@ -10,7 +10,7 @@ from eckart.errors import OptionError
 from eckart.linear import weight_view
 from eckart.plans import Plan
 from eckart.refiners.base import Refinement
-from eckart.refiners.recover import Recover, dense_again
+from eckart.refiners.recover import Recover, dense_again, recut
 from eckart.testing import tiny_models
 from eckart.types import Entry
 
@@ -96,6 +96,39 @@ def test_the_rate_rises_and_falls_to_zero():
     assert rate(100) == pytest.approx(0, abs=1e-12)
 
 
+def test_every_epoch_cuts_the_text_anew(make, monkeypatch):
+    _, work = work_on("llama", make)
+    seen = []
+    forward = type(work.model).forward
+
+    def listening(self, *args, **kwargs):
+        if torch.is_grad_enabled():
+            seen.append(kwargs["input_ids"][0].tolist())
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(work.model), "forward", listening)
+    train = work.windows[:28]  # an eighth is held out
+    Recover(epochs=2).refine_(work)
+    half = train.shape[1] // 2
+    expected = [train, torch.cat([train.flatten()[half:], train.flatten()[:half]]).reshape(train.shape)]
+    assert sorted(seen[:28]) == sorted(expected[0].tolist())
+    assert sorted(seen[28:]) == sorted(expected[1].tolist())
+    assert torch.equal(recut(train, 0), train)
+
+
+def test_labels_fit_the_text_and_leave_the_dense_model(make):
+    """On text that the dense model would not write: alike in all but the weight of its labels."""
+    found = {}
+    for weight in (0.0, 3.0):
+        dense, work = work_on("llama", make)
+        shuffled = text_of(dense).flatten()[torch.randperm(32 * 16, generator=torch.Generator().manual_seed(1))]
+        work = replace(work, windows=shuffled.reshape(32, 16) % 8 + 3)  # eight tokens, in no order
+        Recover(learning_rate=3e-3, label_weight=weight).refine_(work)
+        found[weight] = next_token_loss(work.model, work.windows[-4:]), kl(dense, work.model, work.windows[-4:])
+    assert found[3.0][0] < found[0.0][0] - 0.1
+    assert found[3.0][1] > found[0.0][1]
+
+
 def test_the_dense_model_comes_back_for_a_while(make):
     dense, work = work_on("gpt2", make)
     before = kl(dense, work.model, work.windows)
@@ -113,7 +146,9 @@ def test_two_runs_agree(make):
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-@pytest.mark.parametrize("options", [{"epochs": 0}, {"learning_rate": 0.0}, {"held_out": 1.0}, {"warm_up": 1.0}])
+@pytest.mark.parametrize(
+    "options", [{"epochs": 0}, {"learning_rate": 0.0}, {"held_out": 1.0}, {"warm_up": 1.0}, {"label_weight": -1.0}]
+)
 def test_impossible_options_are_refused(options):
     with pytest.raises(OptionError, match=r"recover\."):
         Recover(**options)

@@ -1,23 +1,23 @@
-"""Correct a predicted loss by measuring it: the KL of a few probes, each a part of the plan put in place alone.
+"""Correct a predicted loss by measuring it: the KL of a few probes, each a part of the plan in place alone.
 
 The prediction takes the loss as quadratic and the errors of different matrices as independent. It is too
-low, by factors that differ between the kinds of matrices. A probe puts the cuts of one kind (with "full"
-also those of one run of blocks) into the dense model and measures the KL divergence; measured over predicted
-is the factor of that kind. One more probe puts in everything at once.
+low, by factors that differ between the kinds of matrices and from block to block. A probe puts the cuts of one kind
+into the dense model and measures the KL divergence; measured over predicted is the factor of that kind. One more probe
+puts in everything at once. With "full" blocks are probed as kinds are, and each part is also taken out of the whole.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from eckart.errors import BudgetError
 from eckart.goals import Goal, predicted_kl
+from eckart.part_probe import Part
 from eckart.plans import Plan
-from eckart.progress import Progress, silent, track
 from eckart.types import Entry, Spectrum
 
 Level = Literal["off", "cheap", "full"]
-RUNS = 5  # of blocks, with "full"
+RUNS = 32  # of blocks at most, with "full": the blocks themselves in a model that has no more
 LEAST = 1e-9  # nats per token: a smaller prediction cannot be compared with a measurement
 ROUNDS = 4  # of fitting factors of kinds and of runs of blocks together
 ADJUSTMENTS = 5  # at most, to a bound on the KL
@@ -51,23 +51,21 @@ def measure_correction(
     spectra: Sequence[Spectrum],
     entries: Sequence[Entry],
     level: Level,
-    kl: Callable[[Sequence[str]], float],
-    progress: Progress = silent,
+    measure: Callable[[Sequence[Part]], list[float]],
 ) -> Correction:
-    """Fit the factors of a plan; `kl(names)` is the measured KL with the cuts of these groups alone in place.
+    """Fit the factors of a plan; `measure(parts)` says what each part of it costs in KL, nats per token.
 
-    Costs one KL measurement for each kind of matrix and one for the whole; with "full" `RUNS` more.
+    The parts are names of groups: each kind of matrix, with "full" each of `RUNS` runs of blocks, and last the whole.
     """
     predicted = {s.group.name: s.loss(e.rank) or 0.0 for s, e in zip(spectra, entries, strict=True)}
     parts = [*_by_kind(spectra), *(_by_run_of_blocks(spectra) if level == "full" else [])]
     probed = [members for members in parts if sum(predicted[name] for name in members) > LEAST]
-    measured = [max(kl(members), LEAST) for members in track(probed, "probe", len(probed), progress)]
+    *measured, whole = [max(found, LEAST) for found in measure([*probed, list(predicted)])]
     factors = dict.fromkeys(predicted, 1.0)
     for _ in range(ROUNDS if level == "full" else 1):
         for members, found in zip(probed, measured, strict=True):
             ratio = found / sum(predicted[group] * factors[group] for group in members)
             factors |= {group: factors[group] * ratio for group in members}
-    whole = max(kl(list(predicted)), LEAST)
     alone = sum(predicted[group] * factors[group] for group in predicted)
     return Correction(factors, whole / max(alone, LEAST), whole)
 
@@ -78,20 +76,16 @@ def corrected(
     answer: Callable[[Correction | None], Plan],
     spectra: Sequence[Spectrum],
     level: Level,
+    measure: Callable[[Sequence[Part]], list[float]],
     kl: Callable[[Sequence[Entry]], float],
-    progress: Progress = silent,
 ) -> Plan:
     """The plan for a goal with corrected losses; it says what was predicted, and what was measured then.
 
-    `first` is the plan without correction, `answer` makes one with it, `kl` measures one. For a bound on
-    the KL the correction is adjusted until the measured KL is within the bound and close to it; raises
-    `BudgetError` when no plan gets there.
+    `first` is the plan without correction, whose parts `measure` measures; `answer` makes one with it, whose KL `kl`
+    measures. For a bound on the KL the correction is adjusted until the measured KL is within the bound and close
+    to it; raises `BudgetError` when no plan gets there.
     """
-
-    def alone(names: Collection[str]) -> float:
-        return kl([e if e.name in names else replace(e, rank=None) for e in first.entries])
-
-    correction = measure_correction(spectra, first.entries, level, alone, progress)
+    correction = measure_correction(spectra, first.entries, level, measure)
     met: Plan | None = None
     for _ in range(ADJUSTMENTS):
         made = answer(correction)
@@ -117,7 +111,8 @@ def _by_kind(spectra: Sequence[Spectrum]) -> list[list[str]]:
 
 
 def _by_run_of_blocks(spectra: Sequence[Spectrum]) -> list[list[str]]:
-    """The names of the groups in each of `RUNS` runs of blocks, from the first to the last."""
+    """The names of the groups in each of at most `RUNS` runs of blocks, from the first to the last."""
     blocks = max(s.group.targets[0].block for s in spectra) + 1
-    runs = [[s.group.name for s in spectra if s.group.targets[0].block * RUNS // blocks == run] for run in range(RUNS)]
+    count = min(RUNS, blocks)
+    runs = [[s.group.name for s in spectra if s.group.targets[0].block * count // blocks == n] for n in range(count)]
     return [run for run in runs if run]

@@ -1,5 +1,8 @@
 """How far the model is from the dense one, as it is at the moment, on a few windows of text."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -37,9 +40,24 @@ class HeldOut:
         return HeldOut(model, layout, chosen, unseen)
 
     @torch.no_grad()
-    def kl(self) -> float:
-        """KL(dense || model) in nats per token; raises `NumericalError` when it is not finite."""
-        return self.divergence(final_states(self.blocks, self.stream)) / (self.length - 1)
+    def kl(self, first: int = 0, entering: Sequence[Tensor] | None = None) -> float:
+        """KL(dense || model) in nats per token; raises `NumericalError` when it is not finite.
+
+        Runs the blocks from `first` on, on what enters that one: `entering_blocks()[first]` of a model whose blocks
+        before `first` are those of now.
+        """
+        stream = self.stream if entering is None else replace(self.stream, hidden=list(entering), position=first)
+        return self.divergence(final_states(self.blocks, stream)) / (self.length - 1)
+
+    @torch.no_grad()
+    def entering_blocks(self) -> list[list[Tensor]]:
+        """What enters each block of the model as it is now: `[block][batch]` is `[batch, seq, width]`."""
+        stream = replace(self.stream, hidden=list(self.stream.hidden))
+        entering = []
+        for stream.position, block in enumerate(self.blocks):
+            entering.append(list(stream.hidden))
+            stream.hidden = [call.run(block, hidden) for _, hidden, call in stream.inputs()]
+        return entering
 
     def to_dict(self) -> dict[str, int | bool]:
         return {"windows": self.windows, "length": self.length, "unseen": self.unseen}

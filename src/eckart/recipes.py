@@ -87,7 +87,7 @@ BUILT_IN = {
             "eckart",
             "two_sided",
             "water_level",
-            options={"allocator": {"storage": "pivoted", "correction": "cheap"}},
+            options={"allocator": {"storage": "pivoted", "correction": "full"}},
             about="Fisher metric, one water level over the model, pivoted storage; predicts and measures its loss",
         ),
         Recipe(
@@ -96,7 +96,7 @@ BUILT_IN = {
             "water_level",
             refiners=("block_collaborative", "recover"),
             options={
-                "allocator": {"storage": "pivoted", "correction": "cheap"},
+                "allocator": {"storage": "pivoted", "correction": "full"},
                 "block_collaborative": {
                     "start": "found",
                     "form": "free",

@@ -27,12 +27,16 @@ class Recover(Refiner):
 
     AdamW without weight decay, `windows_per_step` windows a step. The learning rate is `learning_rate` for a
     model that is 1 nat per token away from the dense one, and goes with the root of that KL, since the way
-    to go does; it rises over the first `warm_up` share of the steps and falls to zero along a cosine. After
-    each of `epochs` the next-token loss is taken on text that the statistics have not seen, or, where there
-    is none, on the last `held_out` share of the windows, which are then not trained on. The factors that
-    are best there are kept, those from before if none is better. (Not by the KL there: a few thousand tokens
-    are soon learned by heart, and a model that is less sure where it was wrong predicts text better without
+    to go does; it rises over the first `warm_up` share of the steps and falls to zero along a cosine. Each epoch
+    cuts the text into windows anew, so that a token has another past every time. After each of `epochs` the
+    next-token loss is taken on text that the statistics have not seen, or, where there is none, on the last
+    `held_out` share of the windows, which are then not trained on. The factors that are best there are kept, those
+    from before if none is better. (Not by the KL there: a few thousand tokens are soon learned by heart, and a
+    model that is less sure where it was wrong predicts text better without
     being nearer to the dense one; LOG.md. Both are noted.)
+
+    `label_weight` adds so much of the next-token loss on the text itself: that fits the model to this text, which is
+    more than recovery, and takes it away from others. With none the dense model is all that is learned from.
     """
 
     epochs: int = 3
@@ -40,6 +44,7 @@ class Recover(Refiner):
     windows_per_step: int = 1
     warm_up: float = 0.1
     held_out: float = 0.125
+    label_weight: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -49,6 +54,8 @@ class Recover(Refiner):
             raise OptionError(f"recover.learning_rate is {self.learning_rate:g}, but must be positive.")
         if not 0 < self.held_out < 1:
             raise OptionError(f"recover.held_out is {self.held_out:g}, but must lie strictly between 0 and 1.")
+        if not self.label_weight >= 0:
+            raise OptionError(f"recover.label_weight is {self.label_weight:g}, but must not be negative.")
         if not 0 <= self.warm_up < 1:
             raise OptionError(f"recover.warm_up is {self.warm_up:g}, but must lie in [0, 1).")
 
@@ -58,26 +65,25 @@ class Recover(Refiner):
         train, test = self._split(work)
         if not factors or not len(train):
             return  # nothing to train, or one window only, which cannot be both
-        with dense_again(work), torch.no_grad():
-            batches = [*split_batches(train, self.windows_per_step * train.shape[1]), *split_batches(test, 1)]
-            dense = _past_the_blocks(work, batches)
-        steps = len(batches) - len(test)
-        judged = range(steps, len(batches))
-        reached, best = [_judge(work, dense, judged)], _copy(factors)
+        judged = _past_the_blocks(work, split_batches(test, 1))
+        reached, best = [_judge(work, judged)], _copy(factors)
+        steps = -(-len(train) // self.windows_per_step)
         with _only_trained(work.model, factors):
             rate = self.learning_rate * math.sqrt(min(1.0, max(0.0, reached[0][1])))
             optimizer = torch.optim.AdamW(factors, lr=rate, betas=BETAS, weight_decay=0.0)
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate(self.epochs * steps))
             generator = torch.Generator().manual_seed(self.seed)
             for epoch in range(self.epochs):
+                ids = recut(train, epoch * train.shape[1] // self.epochs)
+                dense = _past_the_blocks(work, torch.split(ids, self.windows_per_step))
                 order = torch.randperm(steps, generator=generator).tolist()
                 for index in track(order, f"recover {epoch + 1}/{self.epochs}", steps, work.progress):
                     optimizer.zero_grad()
                     with torch.enable_grad():
-                        _kl(*_log_probabilities(work, dense, index)).backward()  # type: ignore[no-untyped-call]
+                        self._loss(work, dense, index).backward()  # type: ignore[no-untyped-call]
                     optimizer.step()
                     schedule.step()
-                reached.append(_judge(work, dense, judged))
+                reached.append(_judge(work, judged))
                 if reached[-1] == min(reached):
                     best = _copy(factors)
         for factor, value in zip(factors, best, strict=True):
@@ -92,6 +98,14 @@ class Recover(Refiner):
         held = min(max(1, round(self.held_out * len(work.windows))), len(work.windows) - 1)
         return work.windows[: len(work.windows) - held], work.windows[len(work.windows) - held :]
 
+    def _loss(self, work: Refinement, dense: Stream, index: int) -> Tensor:
+        """What is minimised, on one batch."""
+        target, found = _log_probabilities(work, dense, index)
+        loss = _kl(target, found)
+        if self.label_weight:
+            loss = loss + self.label_weight * _next_token_loss(found, dense.batches[index])
+        return loss
+
     def _rate(self, steps: int) -> Callable[[int], float]:
         """The learning rate after so many of `steps` steps, as a share of the highest."""
         warm = max(1, round(self.warm_up * steps))
@@ -101,6 +115,11 @@ class Recover(Refiner):
 def _factors(layer: nn.Module) -> list[nn.Parameter]:
     """The weights of a factorised layer; its bias stays."""
     return [p for name, p in layer.named_parameters() if name.endswith("weight")]
+
+
+def recut(windows: Tensor, offset: int) -> Tensor:
+    """The same tokens cut `offset` tokens further on, `[windows, length]`; the first ones go to the end."""
+    return windows.flatten().roll(-offset).reshape(windows.shape)
 
 
 @contextmanager
@@ -122,14 +141,16 @@ def dense_again(work: Refinement) -> Iterator[None]:
             swap_(work.model, name, old)
 
 
+@torch.no_grad()
 def _past_the_blocks(work: Refinement, batches: Sequence[Tensor]) -> Stream:
-    """What leaves the last block of the model as it is now, for every batch: far smaller than logits."""
-    blocks = work.layout.block_list(work.model)
-    stream = open_stream(work.model, blocks, batches)
-    for block in track(blocks, "dense run", len(blocks), work.progress):
-        for index, hidden, call in stream.inputs():
-            stream.hidden[index] = call.run(block, hidden)
-        stream.position += 1
+    """What leaves the last block of the dense model, for every batch: far smaller than logits."""
+    with dense_again(work):
+        blocks = work.layout.block_list(work.model)
+        stream = open_stream(work.model, blocks, batches)
+        for block in track(blocks, "dense run", len(blocks), work.progress):
+            for index, hidden, call in stream.inputs():
+                stream.hidden[index] = call.run(block, hidden)
+            stream.position += 1
     return stream
 
 
@@ -145,15 +166,20 @@ def _kl(target: Tensor, found: Tensor) -> Tensor:
     return nn.functional.kl_div(found, target, reduction="none", log_target=True).sum(-1).mean()
 
 
+def _next_token_loss(found: Tensor, ids: Tensor) -> Tensor:
+    """Mean negative log-probability of the text's own next token, nats."""
+    return -found[:, :-1].gather(-1, ids[:, 1:, None]).mean()
+
+
 @torch.no_grad()
-def _judge(work: Refinement, dense: Stream, indices: Sequence[int]) -> tuple[float, float]:
+def _judge(work: Refinement, dense: Stream) -> tuple[float, float]:
     """Mean next-token loss and KL, nats per token, over batches of one length."""
     sums = [0.0, 0.0]
-    for index in indices:
+    for index in range(len(dense.batches)):
         target, found = _log_probabilities(work, dense, index)
-        sums[0] -= float(found[:, :-1].gather(-1, dense.batches[index][:, 1:, None]).mean())
+        sums[0] += float(_next_token_loss(found, dense.batches[index]))
         sums[1] += float(_kl(target, found))
-    loss, kl = (total / len(indices) for total in sums)
+    loss, kl = (total / len(dense.batches) for total in sums)
     if not math.isfinite(loss):
         raise NumericalError("recover: the held-out loss is NaN or infinite; lower recover.learning_rate.")
     return loss, kl
