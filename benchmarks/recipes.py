@@ -28,7 +28,6 @@ from eckart.plans import Plan, resolve
 from eckart.probe import in_place
 from eckart.progress import silent
 from eckart.provenance import versions
-from eckart.refiners.base import Refinement
 from eckart.run import Run
 
 WIDE, NARROW = (0.9, 0.8, 0.7, 0.6, 0.5), (0.8, 0.6)
@@ -87,8 +86,7 @@ def measure_plan(run: Run, plan: Plan, tests: dict, dense: dict) -> dict:
         start = time.perf_counter()
         for refiner in refiners:
             assert run.windows is not None
-            known = (run.model, run.layout, plan, weights, run.windows.ids, silent, run.work, notes)
-            refiner.refine_(Refinement(*known, run.windows.spare))
+            refiner.refine_(run.refinement(plan, weights, run.windows.ids, notes))
         refined = {"seconds_refine": round(time.perf_counter() - start, 1), "refinement": notes} if refiners else {}
         return {**figures(run, tests, dense), **refined}
 

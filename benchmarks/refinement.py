@@ -23,7 +23,6 @@ from eckart.plans import Plan, resolve
 from eckart.probe import in_place
 from eckart.progress import silent
 from eckart.provenance import versions
-from eckart.refiners.base import Refinement
 from eckart.run import Run
 
 BLOCKS = {"refiners": "block_collaborative"}
@@ -55,8 +54,7 @@ class Bench:
             for name, options in steps:
                 start = time.perf_counter()
                 for refiner in recipes.find("eckart-full", options).make_refiners():
-                    known = (run.model, run.layout, plan, weights, run.windows.ids, silent, None, notes)
-                    refiner.refine_(Refinement(*known, run.windows.spare))
+                    refiner.refine_(run.refinement(plan, weights, run.windows.ids, notes))
                 seconds += time.perf_counter() - start
                 row = {**plan.reached, "peak_minus_model_bytes": self._peak(), "seconds_refine": round(seconds, 1)}
                 row |= {**figures(run, self.tests, self.dense), "measured_kl": run.held_out.kl()}

@@ -11,7 +11,8 @@ from eckart.linear import weight_view
 from eckart.plans import Plan
 from eckart.refiners.base import Refinement
 from eckart.refiners.recover import Recover, dense_again, recut
-from eckart.testing import tiny_models
+from eckart.self_text import write_windows
+from eckart.testing import tiny_models, tiny_tokenizer
 from eckart.types import Entry
 
 
@@ -96,24 +97,44 @@ def test_the_rate_rises_and_falls_to_zero():
     assert rate(100) == pytest.approx(0, abs=1e-12)
 
 
-def test_every_epoch_cuts_the_text_anew(make, monkeypatch):
-    _, work = work_on("llama", make)
+@pytest.fixture
+def trained_on(monkeypatch):
+    """The windows of each step of any model, in order."""
     seen = []
-    forward = type(work.model).forward
+    forward = type(tiny_models()["llama"]()).forward
 
     def listening(self, *args, **kwargs):
         if torch.is_grad_enabled():
-            seen.append(kwargs["input_ids"][0].tolist())
+            seen.extend(kwargs["input_ids"].tolist())
         return forward(self, *args, **kwargs)
 
-    monkeypatch.setattr(type(work.model), "forward", listening)
+    monkeypatch.setattr(type(tiny_models()["llama"]()), "forward", listening)
+    return seen
+
+
+def test_every_epoch_cuts_the_text_anew(make, trained_on):
+    _, work = work_on("llama", make)
     train = work.windows[:28]  # an eighth is held out
     Recover(epochs=2).refine_(work)
     half = train.shape[1] // 2
-    expected = [train, torch.cat([train.flatten()[half:], train.flatten()[:half]]).reshape(train.shape)]
-    assert sorted(seen[:28]) == sorted(expected[0].tolist())
-    assert sorted(seen[28:]) == sorted(expected[1].tolist())
+    shifted = torch.cat([train.flatten()[half:], train.flatten()[:half]]).reshape(train.shape)
+    assert sorted(trained_on[:28]) == sorted(train.tolist())
+    assert sorted(trained_on[28:]) == sorted(shifted.tolist())
     assert torch.equal(recut(train, 0), train)
+
+
+def test_text_that_the_dense_model_writes_is_trained_on_besides(make, trained_on):
+    dense, work = work_on("llama", make)
+    work = replace(work, tokenizer=tiny_tokenizer())
+    Recover(epochs=1, written=5).refine_(work)
+    expected = write_windows(dense, tiny_tokenizer(), [], 5, work.windows.shape[1], torch.Generator().manual_seed(0))
+    assert sorted(trained_on) == sorted(work.windows[:28].tolist() + expected.tolist())
+
+
+def test_text_of_its_own_needs_a_tokenizer(make):
+    _, work = work_on("llama", make)
+    with pytest.raises(OptionError, match="tokenizer"):
+        Recover(written=1).refine_(work)
 
 
 def test_labels_fit_the_text_and_leave_the_dense_model(make):

@@ -186,8 +186,7 @@ class Run:
         for refiner in refiners:
             assert ids is not None
             with self.timed("refine"):
-                known = (self.model, self.layout, plan, dense, ids, self.progress, self.work, self.notes)
-                refiner.refine_(Refinement(*known, self.windows.spare.to(ids.device) if self.windows else None))
+                refiner.refine_(self.refinement(plan, dense, ids, self.notes))
         with self.timed("store"):
             pivoted = [e.name for e in entries if e.rank is not None and e.storage == "pivoted"]
             for name in track(pivoted, "store", len(pivoted), self.progress):
@@ -195,6 +194,14 @@ class Run:
         self._measure(plan, refined=bool(refiners))
         dtypes.cast_(self.model, self.stored_dtype)
         hf.attach_(self.model, hf.specs_of(self.model))
+
+    def refinement(
+        self, plan: Plan, dense: Mapping[str, Tensor], ids: Tensor, notes: list[dict[str, Any]]
+    ) -> Refinement:
+        """What a refiner works on, for this model as it is now."""
+        unseen = self.windows.spare.to(ids.device) if self.windows else None
+        known = (self.model, self.layout, plan, dense, ids, self.progress, self.work, notes, unseen)
+        return Refinement(*known, tokenizer=self.tokenizer)
 
     def _measure(self, plan: Plan, refined: bool) -> None:
         """The KL divergence of the finished model, if it was predicted and not already measured with the plan."""

@@ -1,17 +1,26 @@
 """Windows that a model writes itself: calibration without any text."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from eckart.errors import DataError, NumericalError
+from eckart.progress import Progress, silent
 
 Tensor = torch.Tensor
 BATCH = 16  # windows written side by side
 
 
 def write_windows(
-    model: Any, tokenizer: Any, lead: list[int], count: int | None, length: int, generator: torch.Generator | None
+    model: Any,
+    tokenizer: Any,
+    lead: list[int],
+    count: int | None,
+    length: int,
+    generator: torch.Generator | None,
+    progress: Progress = silent,
 ) -> Tensor:
     """Ids `[count, length]`, written at temperature 1 in the model's own dtype and on its own device.
 
@@ -28,18 +37,33 @@ def write_windows(
     model.eval()
     try:
         sizes = [min(BATCH, count - start) for start in range(0, count, BATCH)]
-        batches = [_write(model, ordinary, lead, size, length, generator) for size in sizes]
+        batches = []
+        for number, size in enumerate(sizes, 1):
+            stage = f"write text {number}/{len(sizes)}"
+            starts = _starts(ordinary, lead, size, generator)
+            batches.append(_write(model, ordinary, starts, length, generator, partial(progress, stage)))
     finally:
         model.train(was_training)
     return torch.cat(batches)
 
 
+def _starts(ordinary: Tensor, lead: list[int], rows: int, generator: torch.Generator) -> Tensor:
+    """What the windows begin with, `[rows, 1 or more]`."""
+    if lead:
+        return torch.tensor(lead, dtype=torch.int64).repeat(rows, 1)
+    return ordinary[torch.randint(len(ordinary), (rows, 1), generator=generator)]
+
+
 @torch.no_grad()
-def _write(model: Any, ordinary: Tensor, lead: list[int], rows: int, length: int, generator: torch.Generator) -> Tensor:
-    """Ids `[rows, length]`."""
-    ids = torch.tensor(lead, dtype=torch.int64).repeat(rows, 1)
-    if not lead:
-        ids = ordinary[torch.randint(len(ordinary), (rows, 1), generator=generator)]
+def _write(
+    model: Any,
+    ordinary: Tensor,
+    ids: Tensor,
+    length: int,
+    generator: torch.Generator,
+    progress: Callable[[int, int], None],
+) -> Tensor:
+    """Ids `[rows, length]` that go on from `ids`."""
     cache, fed = None, ids
     while ids.shape[1] < length:
         out = model(input_ids=fed.to(model.device), past_key_values=cache, use_cache=True)
@@ -48,6 +72,7 @@ def _write(model: Any, ordinary: Tensor, lead: list[int], rows: int, length: int
             raise NumericalError("self: the model's logits hold NaN or infinity; calibrate on a text instead.")
         drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         ids = torch.cat([ids, ordinary[drawn]], dim=1)
+        progress(ids.shape[1], length)
         cache = getattr(out, "past_key_values", None)
         fed = ids if cache is None else ids[:, -1:]  # a model without such a cache reads from the start again
     return ids[:, :length]

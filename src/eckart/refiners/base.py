@@ -30,6 +30,7 @@ class Refinement:
     others of the same text, which no statistic has seen: what is fitted to `windows` is judged on them fairly.
 
     `work` is a folder in which a long refiner may keep finished pieces for a later run (`eckart.work`).
+    `tokenizer` is for refiners that make text of their own; None where there is none.
     What should travel with the checkpoint about how it went is appended to `notes`, as plain data
     without times: the same run leaves the same notes.
     """
@@ -43,6 +44,7 @@ class Refinement:
     work: Path | None = None
     notes: list[dict[str, Any]] = field(default_factory=list)
     unseen: Tensor | None = None
+    tokenizer: Any = None
 
 
 @dataclass(frozen=True)

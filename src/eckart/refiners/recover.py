@@ -14,6 +14,7 @@ from eckart.errors import NumericalError, OptionError
 from eckart.linear import FactorizedLinear, swap_
 from eckart.progress import track
 from eckart.refiners.base import Refinement, Refiner
+from eckart.self_text import write_windows
 
 Tensor = torch.Tensor
 
@@ -32,11 +33,13 @@ class Recover(Refiner):
     next-token loss is taken on text that the statistics have not seen, or, where there is none, on the last
     `held_out` share of the windows, which are then not trained on. The factors that are best there are kept, those
     from before if none is better. (Not by the KL there: a few thousand tokens are soon learned by heart, and a
-    model that is less sure where it was wrong predicts text better without
-    being nearer to the dense one; LOG.md. Both are noted.)
+    model that is less sure where it was wrong predicts text better without being nearer to the dense one; LOG.md.
+    Both are noted.)
 
+    `written` windows more are text that the dense model writes itself, each from any one token on: no text of
+    one's own is needed to learn from it more of what the dense model knows, at the price of as many steps.
     `label_weight` adds so much of the next-token loss on the text itself: that fits the model to this text, which is
-    more than recovery, and takes it away from others. With none the dense model is all that is learned from.
+    more than recovery, and takes it away from others. With 0 the dense model is all that is learned from.
     """
 
     epochs: int = 3
@@ -45,6 +48,7 @@ class Recover(Refiner):
     warm_up: float = 0.1
     held_out: float = 0.125
     label_weight: float = 0.0
+    written: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -54,6 +58,8 @@ class Recover(Refiner):
             raise OptionError(f"recover.learning_rate is {self.learning_rate:g}, but must be positive.")
         if not 0 < self.held_out < 1:
             raise OptionError(f"recover.held_out is {self.held_out:g}, but must lie strictly between 0 and 1.")
+        if self.written < 0:
+            raise OptionError(f"recover.written is {self.written}, but must not be negative.")
         if not self.label_weight >= 0:
             raise OptionError(f"recover.label_weight is {self.label_weight:g}, but must not be negative.")
         if not 0 <= self.warm_up < 1:
@@ -63,6 +69,7 @@ class Recover(Refiner):
         layers = [work.model.get_submodule(name) for name in work.dense_weights]
         factors = list({id(p): p for layer in layers for p in _factors(layer)}.values())
         train, test = self._split(work)
+        train = torch.cat([train, self._own_text(work, train)])
         if not factors or not len(train):
             return  # nothing to train, or one window only, which cannot be both
         judged = _past_the_blocks(work, split_batches(test, 1))
@@ -97,6 +104,19 @@ class Recover(Refiner):
             return work.windows, work.unseen
         held = min(max(1, round(self.held_out * len(work.windows))), len(work.windows) - 1)
         return work.windows[: len(work.windows) - held], work.windows[len(work.windows) - held :]
+
+    def _own_text(self, work: Refinement, train: Tensor) -> Tensor:
+        """Windows that the dense model writes, `[written, length]`."""
+        if not self.written:
+            return train[:0]
+        if work.tokenizer is None:
+            raise OptionError("recover.written asks for text by the model, which needs its tokenizer; pass one.")
+        generator = torch.Generator().manual_seed(self.seed)
+        with dense_again(work):
+            made = write_windows(
+                work.model, work.tokenizer, [], self.written, train.shape[1], generator, progress=work.progress
+            )
+        return made.to(train.device)
 
     def _loss(self, work: Refinement, dense: Stream, index: int) -> Tensor:
         """What is minimised, on one batch."""
