@@ -8,7 +8,7 @@ from eckart.discovery import discover
 from eckart.factorizing import factorize_
 from eckart.held_out import HeldOut
 from eckart.linear import weight_view
-from eckart.part_probe import PartProbe
+from eckart.part_probe import measure_parts
 from eckart.testing import tiny_models
 from eckart.types import Entry, Group
 
@@ -32,12 +32,12 @@ def windows():
     return torch.randint(3, 128, (4, 20), generator=torch.Generator().manual_seed(1))
 
 
-def probe_of(family, windows):
+def setting(family, windows):
     model = tiny_models()[family]()
     layout = discover(model)
     groups = [Group((target,)) for target in layout.targets]
     entries = [Entry(g.names, None if "v_proj" in g.name else RANK) for g in groups]
-    return model, groups, PartProbe(model, groups, entries, put, HeldOut(model, layout, windows, True))
+    return model, groups, (model, groups, entries, put, HeldOut(model, layout, windows, True))
 
 
 @torch.no_grad()
@@ -52,27 +52,17 @@ def plain_kl(family, names, windows):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_parts_alone_and_last_are_what_whole_models_say(family, windows):
-    _, groups, probe = probe_of(family, windows)
+def test_a_part_costs_what_a_whole_model_says(family, windows):
+    _, groups, plan = setting(family, windows)
     names = [group.name for group in groups if "v_proj" not in group.name]
     parts = [[n for n in names if "1." in n], [n for n in names if n.endswith(names[-1][-6:])], names[:1], names]
-    whole = plain_kl(family, names, windows)
-    for part, alone, last in zip(parts, probe.alone(parts), probe.last(parts), strict=True):
-        assert alone == pytest.approx(plain_kl(family, part, windows), rel=1e-3)
-        without = plain_kl(family, [n for n in names if n not in part], windows)
-        assert last == pytest.approx(whole - without, rel=1e-3, abs=1e-6)
-
-
-def test_a_fair_share_is_the_mean_and_never_below_half_of_what_the_part_costs_alone(windows, monkeypatch):
-    _, _, probe = probe_of("llama", windows)
-    monkeypatch.setattr(probe, "alone", lambda parts: [0.4, 0.4])
-    monkeypatch.setattr(probe, "last", lambda parts: [0.2, -0.1])
-    assert probe.fair([["a"], ["b"]]) == pytest.approx([0.3, 0.2])
+    for part, found in zip(parts, measure_parts(*plan, parts), strict=True):
+        assert found == pytest.approx(plain_kl(family, part, windows), rel=1e-3)
 
 
 def test_the_model_stays_as_it_was(windows):
-    model, groups, probe = probe_of("llama", windows)
+    model, groups, plan = setting("llama", windows)
     before = dict(model.named_modules())
-    probe.fair([[group.name] for group in groups])
+    measure_parts(*plan, [[group.name] for group in groups])
     assert all(before[name] is module for name, module in model.named_modules())
     assert all(isinstance(model.get_submodule(group.name), nn.Linear) for group in groups)

@@ -27,6 +27,11 @@ def text_of(dense, count=32, length=16, seed=0):
     return ids
 
 
+def recover(**options):
+    """On the calibration windows alone, unless asked."""
+    return Recover(**{"written": 0, "epochs": 3, **options})
+
+
 def work_on(family, make, share=0.6):
     dense = tiny_models()[family]()
     layout = discover(dense)
@@ -47,7 +52,7 @@ def test_divergence_falls_and_all_else_stays(family, make):
     model, held = work.model, work.windows[-4:]
     frozen = {n: p.clone() for n, p in model.named_parameters() if "basis" not in n and "coefficients" not in n}
     before = kl(dense, model, held)
-    Recover(learning_rate=1e-3).refine_(work)
+    recover(learning_rate=1e-3).refine_(work)
     assert kl(dense, model, held) < 0.98 * before
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
@@ -60,7 +65,7 @@ def test_the_rate_goes_with_the_root_of_the_distance(make):
     distance = kl(dense, work.model, work.unseen)
     assert 0.1 < distance < 0.9  # so that neither 1 nor the distance itself would do for its root
     before = {n: p.detach().clone() for n, p in work.model.named_parameters()}
-    Recover(epochs=1, windows_per_step=len(work.windows), learning_rate=1e-3).refine_(work)
+    recover(epochs=1, windows_per_step=len(work.windows), learning_rate=1e-3).refine_(work)
     assert work.notes[0]["kept_epoch"] == 1
     moved = max(float((p.detach() - before[n]).abs().max()) for n, p in work.model.named_parameters())
     assert moved == pytest.approx(1e-3 * distance**0.5, rel=0.01)
@@ -69,7 +74,7 @@ def test_the_rate_goes_with_the_root_of_the_distance(make):
 def test_what_does_not_help_is_rolled_back(make):
     _, work = work_on("llama", make)
     before = {n: p.clone() for n, p in work.model.named_parameters()}
-    Recover(learning_rate=0.5).refine_(work)
+    recover(learning_rate=0.5).refine_(work)
     assert all(torch.equal(p, before[n]) for n, p in work.model.named_parameters())
 
 
@@ -82,7 +87,7 @@ def test_it_is_judged_on_text_that_no_statistic_has_seen(make):
     dense, work = work_on("llama", make)
     work = replace(work, unseen=text_of(dense, 3, seed=9))
     before = kl(dense, work.model, work.unseen), next_token_loss(work.model, work.unseen)
-    Recover(learning_rate=3e-3, epochs=4).refine_(work)
+    recover(learning_rate=3e-3, epochs=4).refine_(work)
     (note,) = work.notes
     assert (note["kl"][0], note["loss"][0]) == pytest.approx(before, rel=1e-4)
     assert len(note["kl"]) == len(note["loss"]) == 5
@@ -91,7 +96,7 @@ def test_it_is_judged_on_text_that_no_statistic_has_seen(make):
 
 
 def test_the_rate_rises_and_falls_to_zero():
-    rate = Recover(warm_up=0.1)._rate(100)
+    rate = recover(warm_up=0.1)._rate(100)
     assert rate(0) == pytest.approx(0.1)
     assert max(map(rate, range(100))) == pytest.approx(rate(9), abs=0.03)
     assert rate(100) == pytest.approx(0, abs=1e-12)
@@ -115,7 +120,7 @@ def trained_on(monkeypatch):
 def test_every_epoch_cuts_the_text_anew(make, trained_on):
     _, work = work_on("llama", make)
     train = work.windows[:28]  # an eighth is held out
-    Recover(epochs=2).refine_(work)
+    recover(epochs=2).refine_(work)
     half = train.shape[1] // 2
     shifted = torch.cat([train.flatten()[half:], train.flatten()[:half]]).reshape(train.shape)
     assert sorted(trained_on[:28]) == sorted(train.tolist())
@@ -126,7 +131,7 @@ def test_every_epoch_cuts_the_text_anew(make, trained_on):
 def test_text_that_the_dense_model_writes_is_trained_on_besides(make, trained_on):
     dense, work = work_on("llama", make)
     work = replace(work, tokenizer=tiny_tokenizer())
-    Recover(epochs=1, written=5).refine_(work)
+    recover(epochs=1, written=5).refine_(work)
     expected = write_windows(dense, tiny_tokenizer(), [], 5, work.windows.shape[1], torch.Generator().manual_seed(0))
     assert sorted(trained_on) == sorted(work.windows[:28].tolist() + expected.tolist())
 
@@ -134,7 +139,7 @@ def test_text_that_the_dense_model_writes_is_trained_on_besides(make, trained_on
 def test_text_of_its_own_needs_a_tokenizer(make):
     _, work = work_on("llama", make)
     with pytest.raises(OptionError, match="tokenizer"):
-        Recover(written=1).refine_(work)
+        recover(written=1).refine_(work)
 
 
 def test_labels_fit_the_text_and_leave_the_dense_model(make):
@@ -144,7 +149,7 @@ def test_labels_fit_the_text_and_leave_the_dense_model(make):
         dense, work = work_on("llama", make)
         shuffled = text_of(dense).flatten()[torch.randperm(32 * 16, generator=torch.Generator().manual_seed(1))]
         work = replace(work, windows=shuffled.reshape(32, 16) % 8 + 3)  # eight tokens, in no order
-        Recover(learning_rate=3e-3, label_weight=weight).refine_(work)
+        recover(learning_rate=3e-3, label_weight=weight).refine_(work)
         found[weight] = next_token_loss(work.model, work.windows[-4:]), kl(dense, work.model, work.windows[-4:])
     assert found[3.0][0] < found[0.0][0] - 0.1
     assert found[3.0][1] > found[0.0][1]
@@ -162,7 +167,7 @@ def test_two_runs_agree(make):
     states = []
     for _ in range(2):
         _, work = work_on("llama", make)
-        Recover(learning_rate=3e-3, epochs=1).refine_(work)
+        recover(learning_rate=3e-3, epochs=1).refine_(work)
         states.append(work.model.state_dict())
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
@@ -172,4 +177,4 @@ def test_two_runs_agree(make):
 )
 def test_impossible_options_are_refused(options):
     with pytest.raises(OptionError, match=r"recover\."):
-        Recover(**options)
+        recover(**options)

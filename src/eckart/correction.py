@@ -3,7 +3,7 @@
 The prediction takes the loss as quadratic and the errors of different matrices as independent. It is too
 low, by factors that differ between the kinds of matrices and from block to block. A probe puts the cuts of one kind
 into the dense model and measures the KL divergence; measured over predicted is the factor of that kind. One more probe
-puts in everything at once. With "full" blocks are probed as kinds are, and each part is also taken out of the whole.
+puts in everything at once. With "full" blocks are probed as kinds are.
 """
 
 from collections.abc import Callable, Mapping, Sequence

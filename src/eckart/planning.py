@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from eckart import ledger, recipes
 from eckart.allocators.base import Allocator, Probe
-from eckart.correction import Correction, Level, corrected
+from eckart.correction import Correction, corrected
 from eckart.demo_assets import cache_folder
 from eckart.density import summary, with_figures
 from eckart.goals import Goal, header_bytes, meet, predicted_kl
 from eckart.observation import needs_windows, observe
-from eckart.part_probe import Part, PartProbe
+from eckart.part_probe import Part, measure_parts
 from eckart.plans import Plan
 from eckart.probe import SlicingProbe, in_place, split_for_search
 from eckart.provenance import versions
@@ -37,7 +37,7 @@ class Planner:
         if not self.run.predicts() or level == "off":
             return made
         spectra = self.run.spectra(self.groups)
-        return corrected(self.goal, made, self._meet, spectra, level, partial(self._measure, made, level), self._kl)
+        return corrected(self.goal, made, self._meet, spectra, level, partial(self._measure, made), self._kl)
 
     def _meet(self, correction: Correction | None) -> Plan:
         """The plan that meets the goal by predictions."""
@@ -101,13 +101,14 @@ class Planner:
         folder = WorkFolder(run.work, "probe", fingerprint(facts, tensors))
         return SlicingProbe(run.model, self.groups, run.put, scoring, held_out, folder, run.progress)
 
-    def _measure(self, made: Plan, level: Level, parts: Sequence[Part]) -> list[float]:
-        """What parts of a plan cost in KL, measured."""
+    def _measure(self, made: Plan, parts: Sequence[Part]) -> list[float]:
+        """What parts of a plan cost in KL, each measured alone."""
         run = self.run
         assert run.held_out is not None
-        probe = PartProbe(run.model, self.groups, made.entries, run.put, run.held_out, run.progress)
         with run.timed("probe"):
-            return probe.fair(parts) if level == "full" else probe.alone(parts)
+            return measure_parts(
+                run.model, self.groups, made.entries, run.put, run.held_out, parts, progress=run.progress
+            )
 
     def _kl(self, entries: Sequence[Entry]) -> float:
         """The KL divergence of a candidate plan from the dense model, measured."""

@@ -4,7 +4,7 @@ One decomposition of each matrix serves every candidate; nothing is decomposed h
 a work folder, so that a search that was cut short measures only what is missing.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf
@@ -64,21 +64,14 @@ class SlicingProbe:
 def in_place(model: nn.Module, groups: Sequence[Group], entries: Sequence[Entry], put: Put) -> Iterator[None]:
     """The factors of a plan in the model by `put`, for as long as the context lasts; then the dense layers again."""
     names = [name for entry in entries if entry.rank is not None for name in entry.targets]
-    with swapped(model, {name: model.get_submodule(name) for name in names}):
+    dense = {name: model.get_submodule(name) for name in names}
+    try:
         for group, entry in zip(groups, entries, strict=True):
             if entry.rank is not None:
                 put(model, group, entry)
         yield
-
-
-@contextmanager
-def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """The submodules of these names replaced, for as long as the context lasts; then those from before again."""
-    before = {name: swap_(model, name, module) for name, module in modules.items()}
-    try:
-        yield
     finally:
-        for name, module in before.items():
+        for name, module in dense.items():
             swap_(model, name, module)
 
 

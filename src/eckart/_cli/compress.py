@@ -55,7 +55,8 @@ def compress(
     device: Device = "cpu",
     dtype: Dtype = "auto",
     recover: Annotated[
-        bool, typer.Option("--recover", help="Then distil the factors against the dense model on the same text.")
+        bool,
+        typer.Option("--recover", help="Then distil the factors against the dense model, on this text and its own."),
     ] = False,
     work: Work = None,
     as_json: Json = False,

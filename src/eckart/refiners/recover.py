@@ -24,7 +24,10 @@ BETAS = (0.9, 0.95)  # a run has too few steps for a longer memory
 @final
 @dataclass(frozen=True)
 class Recover(Refiner):
-    """Minimises KL(dense || compressed) over the factors, on the calibration windows; all else is frozen.
+    """Minimises KL(dense || compressed) over the factors; all else is frozen.
+
+    On the calibration windows, and on `written` more that the dense model writes itself, each from any one token on.
+    That is text of every kind, so that what is learned again is not the calibration text alone (LOG.md).
 
     AdamW without weight decay, `windows_per_step` windows a step. The learning rate is `learning_rate` for a
     model that is 1 nat per token away from the dense one, and goes with the root of that KL, since the way
@@ -36,19 +39,17 @@ class Recover(Refiner):
     model that is less sure where it was wrong predicts text better without being nearer to the dense one; LOG.md.
     Both are noted.)
 
-    `written` windows more are text that the dense model writes itself, each from any one token on: no text of
-    one's own is needed to learn from it more of what the dense model knows, at the price of as many steps.
     `label_weight` adds so much of the next-token loss on the text itself: that fits the model to this text, which is
     more than recovery, and takes it away from others. With 0 the dense model is all that is learned from.
     """
 
-    epochs: int = 3
+    epochs: int = 2
+    written: int = 32
     learning_rate: float = 1e-4
     windows_per_step: int = 1
     warm_up: float = 0.1
     held_out: float = 0.125
     label_weight: float = 0.0
-    written: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
