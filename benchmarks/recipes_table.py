@@ -1,6 +1,6 @@
 """The README's table of recipes: both corpora, predicted and measured KL, time and memory.
 
-Read from benchmarks/results/: `recipes.json`, `refinement.json`, `ablation.json`, and for the two methods that search
+Read from benchmarks/results/: `recipes.json`, `refinement.json`, and for the two methods that search
 for long, `duo_svd.json` and `lc_svd.json` (the benchmarks of those names). `-` where nobody has measured.
 """
 
@@ -14,8 +14,8 @@ Rows = dict[str, dict[float, dict[str, Any]]]  # recipe -> share -> what was mea
 
 ORDER = (
     "svd", "fwsvd", "asvd", "svd-llm", "basis-sharing", "d-rank", "cpsvd", "duo-svd", "duo-svd, compensated",
-    "lc-svd-fixed", "lc-svd", "eckart, uncorrected", "eckart", "eckart, correction=full", "eckart, blocks refined",
-    "eckart --recover", "eckart-full",
+    "lc-svd-fixed", "lc-svd", "eckart, uncorrected", "eckart", "eckart, blocks refined", "eckart --recover",
+    "eckart-full",
 )  # fmt: skip
 
 
@@ -37,8 +37,8 @@ def make_recipes_table(results: Path) -> str:
     lines += [
         "",
         "At 80 %: KL divergence from the dense model in nats per token, predicted and measured on calibration text",
-        "before saving, then on the two test texts; wall time on two cores without a GPU (cpsvd: one, and other work",
-        "beside it), memory above the model's.",
+        "before saving (of refined models on what they were judged on), then on the two test texts; wall time on two",
+        "cores without a GPU (cpsvd: one, and other work beside it), memory above the model's.",
         "",
         "| recipe | predicted KL | measured KL | on WikiText-2 | on python-docs | time | memory |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -53,20 +53,14 @@ def read_rows(results: Path) -> tuple[Rows, dict[str, float]]:
     stored = json.loads((results / "recipes.json").read_text())["rows"]
     for key, row in stored.items():
         put_row(rows, key, {corpus: row[corpus]["perplexity"] for corpus in CORPORA}, row)
-    refined = read(results / "refinement.json")
-    shares = len({key.rpartition(" ")[2] for key in refined})
-    for key, row in refined.items():
-        stages = dict(row["seconds_shared"])
-        seconds = {"seconds": sum(stages.values()) - stages["probe"] * (1 - 1 / shares) + row["seconds_refine"]}
+    for key, row in read(results / "refinement.json").items():
+        seconds = {"seconds": sum(row["seconds_shared"].values()) + row["seconds_refine"]}
         if key.startswith("eckart 0"):  # the same as in recipes.json, with nothing else running
             rows["eckart"][float(key.rpartition(" ")[2])] |= seconds
         else:
             perplexity = {corpus: row[corpus]["perplexity"] for corpus in CORPORA}
-            put_row(rows, key, perplexity, {**seconds, **{corpus: row[corpus] for corpus in CORPORA}})
-    for key, row in read(results / "ablation.json").items():
-        if key.startswith("correction in full "):
-            name = f"eckart, correction=full {key.rpartition(' ')[2]}"
-            put_row(rows, name, {corpus: row[corpus]["perplexity"] for corpus in CORPORA}, row)
+            known = ("measured_kl", "peak_minus_model_bytes", *CORPORA)
+            put_row(rows, key, perplexity, {**seconds, **{name: row[name] for name in known}})
     duo = json.loads((results / "duo_svd.json").read_text())
     for key, row in duo["rows"].items():
         name = {"both": "duo-svd", "both compensated": "duo-svd, compensated"}.get(key.rpartition(" ")[0])

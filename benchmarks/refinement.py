@@ -1,10 +1,10 @@
-"""Refinement of blocks and recovery, separately and together, from one closed form of recipe eckart for each share.
+"""Refinement of blocks and recovery, separately and together, from one closed form of recipe eckart.
 
-    python benchmarks/refinement.py MODEL CALIBRATION.txt TEST.txt [--keep 0.8 0.6] [--also-blocks 0.8 0.6]
+    python benchmarks/refinement.py MODEL CALIBRATION.txt TEST.txt [--keep 0.8]
 
 The protocol of `recipes.py`. Rows are written as they come; a second run measures only what is missing. The time of
 a row is what its refiners took; calibration and planning, which all rows share, are beside them. The peak of memory is
-the process's so far, less the model and the dense predictions kept for measuring; so run it for one share at a time.
+the process's so far, less the model and the dense predictions kept for measuring.
 """
 
 import argparse
@@ -75,18 +75,14 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("calibration")
     parser.add_argument("test")
-    parser.add_argument("--keep", type=float, nargs="*", default=[0.8, 0.6])
-    parser.add_argument("--also-blocks", type=float, nargs="*", default=[0.8, 0.6])
+    parser.add_argument("--keep", type=float, default=0.8)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/refinement.json"))
     arguments = parser.parse_args()
     bench = Bench(arguments)
-    recover = {"refiners": "recover"}
-    plans = {keep: bench.run.make_plan(Goal.of(keep, None, None), 1) for keep in arguments.keep}
-    for keep, plan in plans.items():
-        bench.chain(plan, keep, [("eckart", {"refiners": "none"}), ("eckart --recover", recover)])
-    for keep in arguments.also_blocks:
-        together = [("eckart, blocks refined", BLOCKS), ("eckart-full", recover)]
-        bench.chain(plans[keep], keep, together)
+    recover, keep = {"refiners": "recover"}, arguments.keep
+    plan = bench.run.make_plan(Goal.of(keep, None, None), 1)
+    bench.chain(plan, keep, [("eckart", {"refiners": "none"}), ("eckart --recover", recover)])
+    bench.chain(plan, keep, [("eckart, blocks refined", BLOCKS), ("eckart-full", recover)])
 
 
 if __name__ == "__main__":
