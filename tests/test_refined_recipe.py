@@ -63,7 +63,9 @@ def test_refined_then_recovered(folder, monkeypatch):
     assert len(text.spare) == 8
     closed, _ = run(monkeypatch, "closed")
     refined, how = run(monkeypatch, "refined", *REFINED)
-    recovered, then = run(monkeypatch, "recovered", *REFINED, "--recover")
+    recovered, then = run(
+        monkeypatch, "recovered", *REFINED, "--recover", "-o", "recover.written=0", "-o", "recover.epochs=3"
+    )
 
     for model in (closed, refined, recovered):
         specs = hf.specs_of(model)

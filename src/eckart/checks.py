@@ -149,7 +149,7 @@ def check_refiner(refiner: Refiner) -> None:
 def _refined(refiner: Refiner) -> list[Tensor]:
     """Refine a tiny model with a shared basis, a private one and a dense layer; its parameters."""
     from eckart.hf import specs_of
-    from eckart.testing import tiny_models
+    from eckart.testing import tiny_models, tiny_tokenizer
 
     model = next(iter(tiny_models().values()))()  # any with q_proj and k_proj in two blocks
     layout = discover(model)
@@ -167,7 +167,7 @@ def _refined(refiner: Refiner) -> list[Tensor]:
     factors = {f"{n}.{part}.weight" for n in dense for part in ("basis", "coefficients")}
     kept = {name: p.detach().clone() for name, p in model.named_parameters() if name not in factors}
     windows = torch.randint(3, 128, (6, 16), generator=torch.Generator().manual_seed(0))
-    refiner.refine_(Refinement(model, layout, Plan(entries), dense, windows))
+    refiner.refine_(Refinement(model, layout, Plan(entries), dense, windows, tokenizer=tiny_tokenizer()))
     assert specs_of(model) == specs, "ranks, storage or sharing have changed"
     assert all(torch.equal(dense[name], weight) for name, weight in before.items()), "a dense weight has changed"
     after = dict(model.named_parameters())
