@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import eckart
-from eckart import checkpoint
+from eckart import checkpoint, recipes
 from eckart._cli import app
 from eckart.correction import measure_correction
 from eckart.data import load_windows
@@ -86,6 +86,11 @@ def test_full_recovers_depth_as_well_and_cheap_does_not():
 
     assert worst(found["full"]) < 0.02
     assert worst(found["cheap"]) > 0.3
+
+
+def test_the_recipes_correct_in_full():
+    for name in ("eckart", "eckart-full"):
+        assert recipes.find(name).make_allocator().correction_level() == "full"
 
 
 def test_a_part_that_is_all_dense_keeps_its_prediction():

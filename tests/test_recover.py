@@ -95,6 +95,14 @@ def test_it_is_judged_on_text_that_no_statistic_has_seen(make):
     assert min(note["loss"]) == pytest.approx(next_token_loss(work.model, work.unseen), rel=1e-4)
 
 
+def test_one_window_alone_cannot_be_judged_on_and_is_left(make, caplog):
+    _, work = work_on("llama", make)
+    before = {n: p.clone() for n, p in work.model.named_parameters()}
+    recover(written=2).refine_(replace(work, windows=work.windows[:1]))
+    assert all(torch.equal(p, before[n]) for n, p in work.model.named_parameters())
+    assert "one window" in caplog.text
+
+
 def test_the_rate_rises_and_falls_to_zero():
     rate = recover(warm_up=0.1)._rate(100)
     assert rate(0) == pytest.approx(0.1)

@@ -1,5 +1,6 @@
 """Recover: a short distillation of all factors at once against the dense model's predictions."""
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from eckart.refiners.base import Refinement, Refiner
 from eckart.self_text import write_windows
 
 Tensor = torch.Tensor
+log = logging.getLogger(__name__)
 
 BETAS = (0.9, 0.95)  # a run has too few steps for a longer memory
 
@@ -70,9 +72,12 @@ class Recover(Refiner):
         layers = [work.model.get_submodule(name) for name in work.dense_weights]
         factors = list({id(p): p for layer in layers for p in _factors(layer)}.values())
         train, test = self._split(work)
+        if not factors:
+            return
+        if not len(test):
+            log.warning("recover: nothing to judge on, one window and no text behind it; factors stay as they were")
+            return
         train = torch.cat([train, self._own_text(work, train)])
-        if not factors or not len(train):
-            return  # nothing to train, or one window only, which cannot be both
         judged = _past_the_blocks(work, split_batches(test, 1))
         reached, best = [_judge(work, judged)], _copy(factors)
         steps = -(-len(train) // self.windows_per_step)
