@@ -1,7 +1,8 @@
 """The README's table of recipes: both corpora, predicted and measured KL, time and memory.
 
 Read from benchmarks/results/: `recipes.json`, `refinement.json`, and for the two methods that search
-for long, `duo_svd.json` and `lc_svd.json` (the benchmarks of those names). `-` where nobody has measured.
+for long, `duo_svd.json`, `lc_svd.json` and `peak_memory.json` (the benchmarks of those names). `-` where nobody has
+measured.
 """
 
 import json
@@ -76,6 +77,8 @@ def read_rows(results: Path) -> tuple[Rows, dict[str, float]]:
         if name:
             seconds = {"seconds": row["seconds"]["all"]}
             put_row(rows, f"{name} {key.rpartition(' ')[2]}", row["perplexity"], seconds)
+    for name, row in read(results / "peak_memory.json").items():
+        rows[name][0.8]["peak_minus_model_bytes"] = row["peak_minus_model_bytes"]
     first = next(iter(stored.values()))
     return rows, {corpus: first["dense"][corpus]["perplexity"] for corpus in CORPORA}
 

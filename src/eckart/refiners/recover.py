@@ -31,7 +31,8 @@ class Recover(Refiner):
     On the calibration windows, and on `written` more that the dense model writes itself, each from any one token on.
     That is text of every kind, so that what is learned again is not the calibration text alone (LOG.md).
 
-    AdamW without weight decay, `windows_per_step` windows a step. The learning rate is `learning_rate` for a
+    AdamW without weight decay, `windows_per_step` windows a step. The learning rate of a factor is `learning_rate`
+    times the root mean square of its entries, since the two factors of a matrix may differ tenfold in scale, for a
     model that is 1 nat per token away from the dense one, and goes with the root of that KL, since the way
     to go does; it rises over the first `warm_up` share of the steps and falls to zero along a cosine. Each epoch
     cuts the text into windows anew, so that a token has another past every time. After each of `epochs` the
@@ -45,9 +46,9 @@ class Recover(Refiner):
     more than recovery, and takes it away from others. With 0 the dense model is all that is learned from.
     """
 
-    epochs: int = 2
+    epochs: int = 3
     written: int = 32
-    learning_rate: float = 1e-4
+    learning_rate: float = 1e-3
     windows_per_step: int = 1
     warm_up: float = 0.1
     held_out: float = 0.125
@@ -83,7 +84,8 @@ class Recover(Refiner):
         steps = -(-len(train) // self.windows_per_step)
         with _only_trained(work.model, factors):
             rate = self.learning_rate * math.sqrt(min(1.0, max(0.0, reached[0][1])))
-            optimizer = torch.optim.AdamW(factors, lr=rate, betas=BETAS, weight_decay=0.0)
+            groups = [{"params": [factor], "lr": rate * _root_mean_square(factor)} for factor in factors]
+            optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate(self.epochs * steps))
             generator = torch.Generator().manual_seed(self.seed)
             for epoch in range(self.epochs):
@@ -141,6 +143,10 @@ class Recover(Refiner):
 def _factors(layer: nn.Module) -> list[nn.Parameter]:
     """The weights of a factorised layer; its bias stays."""
     return [p for name, p in layer.named_parameters() if name.endswith("weight")]
+
+
+def _root_mean_square(factor: Tensor) -> float:
+    return float(factor.detach().float().square().mean().sqrt())
 
 
 def recut(windows: Tensor, offset: int) -> Tensor:
