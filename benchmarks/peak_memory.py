@@ -18,7 +18,7 @@ from eckart import checkpoint
 from eckart.files import write_text
 from eckart.provenance import versions
 
-SENSITIVITY = {"allocator.measured": "0.5", "allocator.windows": "4", "allocator.length": "128"}
+SENSITIVITY = {"allocator.measured": "0.5,1", "allocator.windows": "4", "allocator.length": "128"}
 COLLABORATION = {"block_collaborative.steps": "5", "block_collaborative.batch": "4"}
 RECOVERY = {"recover.epochs": "1", "recover.written": "16"}
 RECIPES = {  # name of a row: recipe, its options

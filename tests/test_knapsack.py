@@ -124,6 +124,20 @@ def test_shares_that_cannot_be_are_refused(shares) -> None:  # type: ignore[no-u
         Knapsack(shares=shares)
 
 
+@pytest.mark.parametrize("measured", [(0.5,), (1.0,), (0.4, 0.6)])
+def test_measured_shares_that_make_no_curve_are_refused_before_anything_is_measured(measured) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(OptionError, match=r"knapsack\.measured is .* needs 1 and one more"):
+        Knapsack(measured=measured)
+
+
+def test_a_share_that_no_curve_gives_is_named() -> None:
+    thin = Spectrum(
+        Group((Target("0", 0, "linear", 8, 8, False),)), torch.ones(8).double(), measured={0.5: 1.0, 1.0: 0.0}
+    )
+    with pytest.raises(OptionError, match=r"0: the share 0\.1 was not measured"):
+        Knapsack(measured=(0.5, 1.0)).allocate([thin], Budget(0.5))
+
+
 def test_a_power_law_is_found_again_from_three_points() -> None:
     curve = {share: 3 + 0.2 * (share**-1.5 - 1) for share in SHARES}
     few = {share: curve[share] for share in (0.4, 0.8, 1.0)}

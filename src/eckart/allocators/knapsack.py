@@ -64,6 +64,11 @@ class Knapsack(Allocator):
             if not all(0 < share <= 1 for share in values):
                 raise OptionError(f"knapsack.{name} is {values!r}, but shares lie in (0, 1].")
             object.__setattr__(self, name, values)
+        if self.measured and (1.0 not in self.measured or len(set(self.measured)) < 2):
+            raise OptionError(
+                f"knapsack.measured is {self.measured!r}, but the curve for the other shares needs 1 and one more; "
+                "name both, or none to measure all."
+            )
 
     @property
     def may_exceed(self) -> bool:
@@ -94,6 +99,11 @@ class Knapsack(Allocator):
             )
         wanted = [share for share in (*self.shares, budget.keep) if share >= self.min_share]
         losses = filled(curve, wanted)
+        if missing := [share for share in wanted if share not in losses]:
+            raise OptionError(
+                f"{group.name}: the share {missing[0]:g} was not measured, and {sorted(curve)} are too few for a curve "
+                "through them; name two shares beside 1 in knapsack.measured."
+            )
         options: dict[int, Choice] = {}
         for share in sorted({*wanted, min(wanted)}):
             rank = candidate_rank(group, share)
