@@ -62,8 +62,8 @@ def main() -> None:
         calibration = Calibration(arguments.calibration, windows=32, length=512)
         first = next(iter(variants.values()))
         run = Run(arguments.model, first, None, calibration, None, (), (), "cpu", "auto", arguments.work, silent)
-        tests, dense = read_tests(run, arguments.test)
-        report["dense"] = figures(run, tests, dense)
+        tests, dense = read_tests(run.model, run.tokenizer, arguments.test)
+        report["dense"] = figures(run.model, tests, dense)
         for name, run.recipe in variants.items():
             for keep in arguments.keep:
                 if f"{name} {keep}" in report["rows"]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recipes import figures, read_tests
 
 from eckart import checkpoint
 from eckart.allocators.knapsack import Knapsack
@@ -32,7 +33,6 @@ from eckart.factorizing import factorize_group_
 from eckart.files import write_text
 from eckart.ledger import make_ledger
 from eckart.linear import swap_
-from eckart.measure import perplexity
 from eckart.provenance import versions
 from eckart.recipes import describe
 from eckart.sensitivity import SHARES, Curves, measure_curves
@@ -50,10 +50,7 @@ class Bench:
         self.out, self.report = out, json.loads(out.read_text()) if out.exists() else {"rows": {}}
         self.model, tokenizer = checkpoint.load_model(model), checkpoint.load_tokenizer(model)
         self.windows = load_windows(calibration, tokenizer, windows=32, length=512)
-        self.tests = {
-            name: load_windows(spec, tokenizer, windows=8, length=512, purpose="evaluation").ids
-            for name, spec in (("perplexity", test), ("perplexity_python_docs", "python-docs"))
-        }
+        self.tests, self.dense_tests = read_tests(self.model, tokenizer, test)
         self.short = self.windows.ids[:4, :128]
         self.layout: Layout = discover(self.model)
         self.groups = [Group((target,)) for target in self.layout.targets]
@@ -106,7 +103,12 @@ class Bench:
         parameters = self.layout.parameters
         row: dict[str, Any] = {"keep_reached": make_ledger(self.groups, settled, parameters, 4).keep, "kl": self.kl()}
         if measure_perplexity:
-            row |= {corpus: perplexity(self.model, list(ids)).value for corpus, ids in self.tests.items()}
+            found = figures(self.model, self.tests, self.dense_tests)
+            row |= {"perplexity": found["wikitext-2"]["perplexity"], "kl_wikitext_2": found["wikitext-2"]["kl"]}
+            row |= {
+                "perplexity_python_docs": found["python-docs"]["perplexity"],
+                "kl_python_docs": found["python-docs"]["kl"],
+            }
         row |= {"seconds_settle": seconds, "split": sum(bool(e.kept) for e in settled), **more}
         row["columns_kept"] = sum(e.kept or 0 for e in settled)
         row["dense_modules"] = sum(e.rank is None for e in settled)

@@ -32,8 +32,8 @@ def main() -> None:
     arguments = parser.parse_args()
     calibration = Calibration(arguments.calibration, windows=32, length=512)
     run = Run(arguments.model, "eckart", {}, calibration, None, (), (), "cpu", "auto", None, silent)
-    tests, dense = read_tests(run, arguments.test)
-    report: dict = {"versions": versions(), "dense": figures(run, tests, dense), "bounds": {}, "sizes": {}}
+    tests, dense = read_tests(run.model, run.tokenizer, arguments.test)
+    report: dict = {"versions": versions(), "dense": figures(run.model, tests, dense), "bounds": {}, "sizes": {}}
     for bound in BOUNDS:
         plan = run.make_plan(Goal.of(None, None, bound), 1)
         report["bounds"][bound] = {**plan.reached, **measure_plan(run, plan, tests, dense)}

@@ -14,15 +14,14 @@ import json
 import time
 from pathlib import Path
 
+from recipes import LENGTH, TEST_WINDOWS, WINDOWS, figures, read_tests
+
 import eckart
 from eckart import checkpoint
-from eckart.data import load_windows
 from eckart.files import write_text
-from eckart.measure import perplexity
 from eckart.provenance import versions
 from eckart.recipes import BUILT_IN, find
 
-WINDOWS, TEST_WINDOWS, LENGTH = 32, 8, 512
 COLLABORATION = {
     "collaboration": {},
     "collaboration, same input": {"block_collaborative.target": "same_input"},
@@ -46,7 +45,7 @@ def rows() -> dict:
     return made
 
 
-def measure(row: tuple, arguments: argparse.Namespace, overrides: dict, tests: dict) -> dict:
+def measure(row: tuple, arguments: argparse.Namespace, overrides: dict, tests: dict, dense: dict) -> dict:
     recipe_name, options, keep = row
     parts = (*BUILT_IN[recipe_name].refiners, "allocator" if recipe_name == "lc-svd" else "")
     options = {**options, **{k: v for k, v in overrides.items() if k.partition(".")[0] in parts}}
@@ -61,9 +60,10 @@ def measure(row: tuple, arguments: argparse.Namespace, overrides: dict, tests: d
         work=arguments.work,
     )
     seconds = time.perf_counter() - start
+    measured = figures(made.model, tests, dense)
     notes = made.provenance.get("refinement", [])
     return {
-        "perplexity": {name: perplexity(made.model, list(windows.ids)).value for name, windows in tests.items()},
+        **{key: {corpus: found[key] for corpus, found in measured.items()} for key in ("perplexity", "kl")},
         "keep_reached": made.ledger.keep,
         "recipe": made.provenance["recipe"],
         "seconds": {"all": round(seconds, 1), **{k: round(v, 1) for k, v in made.seconds.items()}},
@@ -84,17 +84,15 @@ def main() -> None:
     arguments = parser.parse_args()
     overrides = dict(pair.split("=", 1) for pair in arguments.option)
     report = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": {}}
-    tokenizer = checkpoint.load_tokenizer(arguments.model)
-    tests = {
-        name: load_windows(spec, tokenizer, windows=TEST_WINDOWS, length=LENGTH, purpose="evaluation")
-        for name, spec in (("wikitext-2", arguments.test), ("python-docs", "python-docs"))
-    }
+    model, tokenizer = checkpoint.load_model(arguments.model), checkpoint.load_tokenizer(arguments.model)
+    tests, dense = read_tests(model, tokenizer, arguments.test)
+    del model  # every row loads its own
     report |= {"versions": versions(), "windows": [WINDOWS, TEST_WINDOWS, LENGTH]}
     for name, row in rows().items():
         label = name + "".join(f" [{k.partition('.')[2]} {v}]" for k, v in overrides.items() if row[0] != "svd-llm")
         if label in report["rows"] or (arguments.rows and name not in arguments.rows):
             continue
-        report["rows"][label] = measure(row, arguments, overrides, tests)
+        report["rows"][label] = measure(row, arguments, overrides, tests, dense)
         print(label, report["rows"][label]["perplexity"], report["rows"][label]["seconds"], flush=True)
         write_text(arguments.out, json.dumps(report, indent=1) + "\n")
 

@@ -56,7 +56,7 @@ def main() -> None:
     calibration = Calibration(given.calibration, windows=32, length=512)
     recipe = recipes.find("eckart", {"allocator.correction": "off"})
     run = Run(given.model, recipe, None, calibration, None, (), (), "cpu", "auto", None, silent)
-    tests, dense = read_tests(run, given.test)
+    tests, dense = read_tests(run.model, run.tokenizer, given.test)
     rows, layers = {}, {"dense": {}}
     for storage in STORAGES:
         run.recipe = recipes.find("eckart", {"allocator.correction": "off", "allocator.storage": storage})
@@ -67,7 +67,7 @@ def main() -> None:
             key = f"{storage}, multiples of {multiple}"
             with in_place(run.model, groups, entries, run.put):
                 layers[key] = {name: store_(run.model, name, storage) for name in names}
-                rows[key] = {**plan.reached, **figures(run, tests, dense)}
+                rows[key] = {**plan.reached, **figures(run.model, tests, dense)}
             print(key, rows[key]["predicted_kl"], rows[key]["wikitext-2"], rows[key]["python-docs"], flush=True)
     torch.set_num_threads(1)
     subject, ids = TorchSubject(run.model), prompt_ids(run.model.config.vocab_size, 1, PROMPT)

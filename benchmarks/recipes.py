@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,12 +55,12 @@ def measure_recipe(name: str, arguments: argparse.Namespace) -> None:
     seconds = {stage: round(value, 1) for stage, value in run.seconds.items()}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     model_bytes = sum(p.nbytes for p in run.model.parameters())
-    tests, dense = read_tests(run, arguments.test)
+    tests, dense = read_tests(run.model, run.tokenizer, arguments.test)
     shared = {
         "recipe": run.recipe.to_dict(),
         "seconds_of_all_shares": seconds,
         "peak_minus_model_bytes": peak - model_bytes,
-        "dense": figures(run, tests, dense),
+        "dense": figures(run.model, tests, dense),
     }
     for keep, plan in plans.items():
         row = {"keep_reached": plan.reached["keep"], "model_bytes": plan.reached["model_bytes_kept"]}
@@ -67,13 +68,13 @@ def measure_recipe(name: str, arguments: argparse.Namespace) -> None:
         print(json.dumps({"keep": keep, **row, **measure_plan(run, plan, tests, dense), **shared}), flush=True)
 
 
-def read_tests(run: Run, test: str) -> tuple[dict, dict]:
-    """The windows of both corpora, and the log-probabilities of the dense model, which `run` still holds, on them."""
+def read_tests(model: torch.nn.Module, tokenizer: Any, test: str) -> tuple[dict, dict]:
+    """The windows of both corpora, and the log-probabilities of `model`, the dense one, on them."""
     tests = {
-        label: list(load_windows(spec, run.tokenizer, windows=TEST_WINDOWS, length=LENGTH, purpose="evaluation").ids)
+        label: list(load_windows(spec, tokenizer, windows=TEST_WINDOWS, length=LENGTH, purpose="evaluation").ids)
         for label, spec in (("wikitext-2", test), ("python-docs", "python-docs"))
     }
-    return tests, {label: [log_probabilities(run.model, w) for w in windows] for label, windows in tests.items()}
+    return tests, {label: [log_probabilities(model, w) for w in windows] for label, windows in tests.items()}
 
 
 def measure_plan(run: Run, plan: Plan, tests: dict, dense: dict) -> dict:
@@ -88,7 +89,7 @@ def measure_plan(run: Run, plan: Plan, tests: dict, dense: dict) -> dict:
             assert run.windows is not None
             refiner.refine_(run.refinement(plan, weights, run.windows.ids, notes))
         refined = {"seconds_refine": round(time.perf_counter() - start, 1), "refinement": notes} if refiners else {}
-        return {**figures(run, tests, dense), **refined}
+        return {**figures(run.model, tests, dense), **refined}
 
 
 @torch.inference_mode()
@@ -98,13 +99,13 @@ def log_probabilities(model: torch.nn.Module, window: torch.Tensor) -> torch.Ten
 
 
 @torch.inference_mode()
-def figures(run: Run, tests: dict, dense: dict) -> dict:
+def figures(model: torch.nn.Module, tests: dict, dense: dict) -> dict:
     """Perplexity and mean KL from the dense model on every corpus, from one pass."""
     found = {}
     for label, windows in tests.items():
         loss = divergence = tokens = 0.0
         for window, reference in zip(windows, dense[label], strict=True):
-            mine = log_probabilities(run.model, window)
+            mine = log_probabilities(model, window)
             loss -= float(mine.gather(1, window[1:, None]).sum(dtype=torch.float64))
             divergence += float((reference.exp() * (reference - mine)).sum(dtype=torch.float64))
             tokens += len(window) - 1

@@ -67,16 +67,18 @@ def read_rows(results: Path) -> tuple[Rows, dict[str, float]]:
         name = {"both": "duo-svd", "both compensated": "duo-svd, compensated"}.get(key.rpartition(" ")[0])
         if name and "perplexity_python_docs" in row:
             perplexity = {CORPORA[0]: row["perplexity"], CORPORA[1]: row["perplexity_python_docs"]}
+            kl = {CORPORA[0]: row.get("kl_wikitext_2"), CORPORA[1]: row.get("kl_python_docs")}
             keep = key.rpartition(" ")[2]
             measuring = sum(run["seconds"] for run in duo["sensitivity"].get(keep, []))
             seconds = {"seconds": duo["seconds_decompose"] + measuring + row["seconds_settle"]}
-            put_row(rows, f"{name} {keep}", perplexity, seconds)
+            put_row(rows, f"{name} {keep}", perplexity, {**seconds, **divergences(kl)})
     for label, row in read(results / "lc_svd.json").items():
         key = label.partition(" [")[0]  # behind which are the options that were not the defaults
         name = {"collaboration": "lc-svd-fixed", "search and collaboration": "lc-svd"}.get(key.rpartition(" ")[0])
         if name:
             seconds = {"seconds": row["seconds"]["all"]}
-            put_row(rows, f"{name} {key.rpartition(' ')[2]}", row["perplexity"], seconds)
+            more = {**seconds, **divergences(row.get("kl", {}))}
+            put_row(rows, f"{name} {key.rpartition(' ')[2]}", row["perplexity"], more)
     for name, row in read(results / "peak_memory.json").items():
         rows[name][0.8]["peak_minus_model_bytes"] = row["peak_minus_model_bytes"]
     first = next(iter(stored.values()))
@@ -85,6 +87,11 @@ def read_rows(results: Path) -> tuple[Rows, dict[str, float]]:
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
     return json.loads(path.read_text())["rows"] if path.exists() else {}
+
+
+def divergences(kl: dict[str, float | None]) -> dict[str, dict[str, float]]:
+    """As `recipes.figures` has them, of the corpora that were measured."""
+    return {corpus: {"kl": value} for corpus, value in kl.items() if value is not None}
 
 
 def put_row(rows: Rows, key: str, perplexity: dict[str, float], row: dict[str, Any]) -> None:

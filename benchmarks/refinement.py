@@ -34,8 +34,8 @@ class Bench:
         self.report = json.loads(self.out.read_text()) if self.out.exists() else {"rows": {}}
         calibration = Calibration(arguments.calibration, windows=32, length=512)
         self.run = Run(arguments.model, "eckart", {}, calibration, None, (), (), "cpu", "auto", None, silent)
-        self.tests, self.dense = read_tests(self.run, arguments.test)
-        self.report["dense"] = figures(self.run, self.tests, self.dense)
+        self.tests, self.dense = read_tests(self.run.model, self.run.tokenizer, arguments.test)
+        self.report["dense"] = figures(self.run.model, self.tests, self.dense)
         self.report["versions"] = versions()
 
     def chain(self, plan: Plan, keep: float, steps: list[tuple[str, dict]]) -> None:
@@ -57,7 +57,7 @@ class Bench:
                     refiner.refine_(run.refinement(plan, weights, run.windows.ids, notes))
                 seconds += time.perf_counter() - start
                 row = {**plan.reached, "peak_minus_model_bytes": self._peak(), "seconds_refine": round(seconds, 1)}
-                row |= {**figures(run, self.tests, self.dense), "measured_kl": run.held_out.kl()}
+                row |= {**figures(run.model, self.tests, self.dense), "measured_kl": run.held_out.kl()}
                 row["seconds_shared"] = {stage: round(value, 1) for stage, value in run.seconds.items()}
                 self.report["rows"][f"{name} {keep}"] = {**row, "refinement": list(notes)}
                 print(name, keep, row["wikitext-2"], row["python-docs"], row["seconds_refine"], flush=True)

@@ -54,6 +54,18 @@ def test_equal_to_enumeration_on_five_modules(seed: int, keep: float) -> None:
     assert sum(choice.loss for choice in chosen) == pytest.approx(best, rel=1e-12)
 
 
+def test_a_choice_that_fits_exactly_is_taken_and_one_number_less_rules_it_out() -> None:
+    only = spectrum(0, 64, 64, torch.Generator().manual_seed(0))
+    rank = 20
+    cost, dense = ledger.parameters(only.group, rank), only.group.parameters
+    shares = (0.1, cost / dense)
+    curves = {share: 1 / share for share in (*shares, (cost - 1) / dense)}
+    for allowed, found in ((cost, rank), (cost - 1, 19)):
+        measured = Spectrum(only.group, only.values, measured=curves)
+        entries = Knapsack(shares=shares).allocate([measured], Budget(allowed / dense))
+        assert entries[0].rank == found
+
+
 def test_coarse_table_stays_within_the_budget_and_near_the_optimum(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     spectra = [spectrum(i, 64 + 7 * (i % 3), 64, generator) for i in range(40)]
