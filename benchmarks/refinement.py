@@ -38,10 +38,10 @@ class Bench:
         self.report["dense"] = figures(self.run.model, self.tests, self.dense)
         self.report["versions"] = versions()
 
-    def chain(self, plan: Plan, keep: float, steps: list[tuple[str, dict]]) -> None:
-        """Refine one closed form step after step and measure after each; a step is the row's name and its options."""
+    def chain(self, plan: Plan, keep: float, steps: list[tuple[str, str, dict]]) -> None:
+        """Refine one closed form step after step and measure after each; a step is a row's name, recipe and options."""
         run = self.run
-        if all(f"{name} {keep}" in self.report["rows"] for name, _ in steps):
+        if all(f"{name} {keep}" in self.report["rows"] for name, _, _ in steps):
             return
         groups, entries = resolve(plan, run.layout.targets)
         names = [name for entry in entries if entry.rank is not None for name in entry.targets]
@@ -51,9 +51,9 @@ class Bench:
         notes: list = []
         seconds = 0.0
         with in_place(run.model, groups, entries, run.put):
-            for name, options in steps:
+            for name, recipe, options in steps:
                 start = time.perf_counter()
-                for refiner in recipes.find("eckart-full", options).make_refiners():
+                for refiner in recipes.find(recipe, options).make_refiners():
                     refiner.refine_(run.refinement(plan, weights, run.windows.ids, notes))
                 seconds += time.perf_counter() - start
                 row = {**plan.reached, "peak_minus_model_bytes": self._peak(), "seconds_refine": round(seconds, 1)}
@@ -81,8 +81,9 @@ def main() -> None:
     bench = Bench(arguments)
     recover, keep = {"refiners": "recover"}, arguments.keep
     plan = bench.run.make_plan(Goal.of(keep, None, None), 1)
-    bench.chain(plan, keep, [("eckart", {"refiners": "none"}), ("eckart --recover", recover)])
-    bench.chain(plan, keep, [("eckart, blocks refined", BLOCKS), ("eckart-full", recover)])
+    bench.chain(plan, keep, [("eckart", "eckart", {"refiners": "none"}), ("eckart --recover", "eckart", recover)])
+    full = [("eckart, blocks refined", "eckart-full", BLOCKS), ("eckart-full", "eckart-full", recover)]
+    bench.chain(plan, keep, full)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ from test_block_collaborative import make_model, trained_state  # noqa: F401
 from test_residual_metric import grams_by_autograd, weighted_errors
 
 import eckart
-from eckart import hf, recipes
+from eckart import hf, recipes, registry
 from eckart._cli import main
 from eckart._cli.compress import with_recovery
 from eckart.checkpoint import load_model
 from eckart.data import load_windows
 from eckart.plans import Plan
+from eckart.refiners.recover import Recover
 from eckart.testing import tiny_tokenizer
 
 TEXT = "After the closed form, the factors of a whole block are refined together. " * 30
@@ -97,8 +98,9 @@ def test_the_full_recipe_is_eckart_and_then_both_refiners(folder):
     assert [note["refiner"] for note in made.provenance["refinement"]] == ["block_collaborative"] * 3 + ["recover"]
     bare, eckarts = recipes.find("eckart-full", {"refiners": "none"}), recipes.find("eckart", {})
     assert {**bare.to_dict(), "name": "eckart"} == eckarts.to_dict()  # the same closed form, whatever its defaults
-    blocks = recipes.find("eckart-full", {}).to_dict()["refiners"][0]
+    blocks, recovery = recipes.find("eckart-full", {}).to_dict()["refiners"]
     assert (blocks["start"], blocks["form"], blocks["metric"]) == ("found", "free", "gradient")
+    assert recovery == {"name": "recover", **registry.options_of(Recover(epochs=4))}  # a longer run, else the defaults
 
 
 def test_recovery_comes_behind_the_refiners_that_an_option_names():

@@ -104,6 +104,7 @@ BUILT_IN = {
                     "free_steps": 20,
                     "batch": 4,
                 },
+                "recover": {"epochs": 4},
             },
             about="eckart, then blocks refined in the residual stream's metric, then recovery; minutes more",
         ),
