@@ -3,7 +3,8 @@
     python benchmarks/goals.py MODEL CALIBRATION.txt TEST.txt --work DIR
 
 For a bound: the KL predicted, measured on text that calibration did not see (which the bound is about), and, for
-what it is worth, on the two test texts. For a size: the bytes of the weight files that were saved.
+what it is worth, on the two test texts. For a size: the bytes of the weight files that were saved, in a folder that
+must not be there yet. Rows are written as they come; a second run measures only what is missing.
 """
 
 import argparse
@@ -30,14 +31,20 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/goals.json"))
     arguments = parser.parse_args()
+    if (arguments.work / "sized").exists():
+        parser.error(f"{arguments.work}/sized is there; name another folder or delete it.")
     calibration = Calibration(arguments.calibration, windows=32, length=512)
     run = Run(arguments.model, "eckart", {}, calibration, None, (), (), "cpu", "auto", None, silent)
     tests, dense = read_tests(run.model, run.tokenizer, arguments.test)
-    report: dict = {"versions": versions(), "dense": figures(run.model, tests, dense), "bounds": {}, "sizes": {}}
+    report = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"bounds": {}, "sizes": {}}
+    report |= {"versions": versions(), "dense": figures(run.model, tests, dense)}
     for bound in BOUNDS:
+        if str(bound) in report["bounds"]:
+            continue
         plan = run.make_plan(Goal.of(None, None, bound), 1)
-        report["bounds"][bound] = {**plan.reached, **measure_plan(run, plan, tests, dense)}
-        print(bound, json.dumps(report["bounds"][bound]), flush=True)
+        report["bounds"][str(bound)] = {**plan.reached, **measure_plan(run, plan, tests, dense)}
+        print(bound, json.dumps(report["bounds"][str(bound)]), flush=True)
+        write_text(arguments.out, json.dumps(report, indent=1) + "\n")
     plans = {size: run.make_plan(Goal.of(None, size, None), 1) for size in SIZES}
     for size, plan in plans.items():
         report["sizes"][size] = {"asked": parse_size(size), **plan.reached}
