@@ -4,7 +4,7 @@
 
 For a bound: the KL predicted, measured on text that calibration did not see (which the bound is about), and, for
 what it is worth, on the two test texts. For a size: the bytes of the weight files that were saved, in a folder that
-must not be there yet. Rows are written as they come; a second run measures only what is missing.
+must not be there yet. Bounds are written as they come; a second run measures only the missing ones, and the sizes.
 """
 
 import argparse
