@@ -137,6 +137,7 @@ def test_every_epoch_cuts_the_text_anew(make, trained_on):
     assert sorted(trained_on[:28]) == sorted(train.tolist())
     assert sorted(trained_on[28:]) == sorted(shifted.tolist())
     assert torch.equal(recut(train, 0), train)
+    assert recut(torch.arange(6).reshape(2, 3), 1).tolist() == [[1, 2, 3], [4, 5, 0]]
 
 
 def test_text_that_the_dense_model_writes_is_trained_on_besides(make, trained_on):
