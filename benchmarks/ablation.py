@@ -13,11 +13,11 @@ from pathlib import Path
 from recipes import figures, measure_plan, read_tests
 
 from eckart import Calibration, recipes
-from eckart.files import write_text
-from eckart.goals import Goal
+from eckart.support.versions import versions
+from eckart.planning.goals import Goal
 from eckart.progress import silent
-from eckart.provenance import versions
 from eckart.run import Run
+from eckart.support.files import write_text
 
 PAIR, OFF, CHEAP = {"allocator.storage": "pair"}, {"allocator.correction": "off"}, {"allocator.correction": "cheap"}
 ONE_SIDED = {"factorizer": "svd_llm"}

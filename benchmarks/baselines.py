@@ -19,16 +19,17 @@ from pathlib import Path
 
 import torch
 
-from eckart import checkpoint, recipes
-from eckart.data import load_windows
-from eckart.decomposing import decompose
-from eckart.discovery import discover
-from eckart.factorizing import factorize_group_
-from eckart.files import write_text
+from eckart import recipes
+from eckart.checkpoints import checkpoint
+from eckart.support.versions import versions
+from eckart.evaluation.measure import perplexity
 from eckart.ledger import make_ledger
-from eckart.linear import swap_
-from eckart.measure import perplexity
-from eckart.provenance import versions
+from eckart.model.discovery import discover
+from eckart.model.factorise import factorize_group_
+from eckart.planning.decomposed import decompose
+from eckart.portable.linear import swap_
+from eckart.support.files import write_text
+from eckart.text.data import load_windows
 from eckart.types import Budget, Group
 
 RECIPES = ("svd", "asvd", "fwsvd", "svd-llm")

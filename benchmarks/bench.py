@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 import eckart
-from eckart.files import write_text
+from eckart.support.files import write_text
 
 PROTOCOL = {1: (128, 7), 8: (128, 3), 64: (16, 3)}  # batch: tokens of the prompt, turns of each model
 STEPS = 8

@@ -17,16 +17,16 @@ from unittest.mock import patch
 
 import torch
 
-from eckart import checkpoint
-from eckart.columns import Splits
-from eckart.data import load_windows
-from eckart.decomposing import decompose
-from eckart.discovery import discover
+from eckart.checkpoints import checkpoint
+from eckart.support.versions import versions
 from eckart.factorizers.column_preserving import ColumnDecomposition, ColumnPreserving
-from eckart.files import write_text
 from eckart.linalg import Decomposition
-from eckart.provenance import versions
-from eckart.sensitivity import candidate_rank
+from eckart.maths.columns import Splits
+from eckart.measuring.sensitivity import candidate_rank
+from eckart.model.discovery import discover
+from eckart.planning.decomposed import decompose
+from eckart.support.files import write_text
+from eckart.text.data import load_windows
 from eckart.types import Group
 
 KEEP = 0.8

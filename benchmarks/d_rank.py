@@ -16,18 +16,19 @@ from pathlib import Path
 
 from torch import nn
 
-from eckart import checkpoint, recipes
-from eckart.data import load_windows
-from eckart.decomposing import decompose
-from eckart.density import with_figures
-from eckart.discovery import discover
-from eckart.factorizing import factorize_group_
+from eckart import recipes
+from eckart.checkpoints import checkpoint
+from eckart.support.versions import versions
+from eckart.evaluation.measure import perplexity
 from eckart.ledger import make_ledger
-from eckart.linear import swap_, weight_view
-from eckart.measure import perplexity
-from eckart.plans import Plan
-from eckart.provenance import versions
+from eckart.plans.figures import with_figures
+from eckart.model.discovery import discover
+from eckart.model.factorise import factorize_group_
+from eckart.planning.decomposed import decompose
+from eckart.plans.plan import Plan
+from eckart.portable.linear import swap_, weight_view
 from eckart.refiners.base import Refinement
+from eckart.text.data import load_windows
 from eckart.types import Budget
 
 BETAS = (0, 0.1, 0.2, 0.3, 0.4)

@@ -20,22 +20,22 @@ from typing import Any
 import torch
 from recipes import figures, read_tests
 
-from eckart import checkpoint
 from eckart.allocators.knapsack import Knapsack
 from eckart.allocators.uniform import Uniform
-from eckart.curve_fit import filled
-from eckart.data import load_windows
-from eckart.decomposing import decompose
-from eckart.discovery import Layout, discover
+from eckart.checkpoints import checkpoint
+from eckart.support.versions import versions
 from eckart.factorizers.column_preserving import ColumnDecomposition, ColumnPreserving
 from eckart.factorizers.svd_llm import SVDLLM
-from eckart.factorizing import factorize_group_
-from eckart.files import write_text
 from eckart.ledger import make_ledger
-from eckart.linear import swap_
-from eckart.provenance import versions
+from eckart.maths.curve_fit import filled
+from eckart.measuring.sensitivity import SHARES, Curves, measure_curves
+from eckart.model.discovery import Layout, discover
+from eckart.model.factorise import factorize_group_
+from eckart.planning.decomposed import decompose
+from eckart.portable.linear import swap_
 from eckart.recipes import describe
-from eckart.sensitivity import SHARES, Curves, measure_curves
+from eckart.support.files import write_text
+from eckart.text.data import load_windows
 from eckart.types import Budget, Entry, Group
 
 LEVELS = ("uniform", "columns", "compensated", "allocation", "both", "both compensated")

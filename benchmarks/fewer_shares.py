@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 from statistics import median, quantiles
 
-from eckart.curve_fit import filled
-from eckart.files import write_text
-from eckart.sensitivity import SHARES
+from eckart.maths.curve_fit import filled
+from eckart.measuring.sensitivity import SHARES
+from eckart.support.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 FEW = {0.8: (0.4, 0.8, 1.0), 0.6: (0.3, 0.6, 1.0)}

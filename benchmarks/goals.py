@@ -14,11 +14,11 @@ from pathlib import Path
 from recipes import figures, measure_plan, read_tests
 
 from eckart import Calibration
-from eckart.files import write_text
-from eckart.goals import Goal, parse_size
+from eckart.support.versions import versions
+from eckart.planning.goals import Goal, parse_size
 from eckart.progress import silent
-from eckart.provenance import versions
 from eckart.run import Run
+from eckart.support.files import write_text
 
 BOUNDS, SIZES = (0.05, 0.1, 0.2, 0.4), ("480MB", "400MB")
 

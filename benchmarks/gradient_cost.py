@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from eckart import checkpoint
-from eckart.data import load_windows
-from eckart.discovery import discover
-from eckart.files import write_text
-from eckart.provenance import versions
-from eckart.statistics import Need
-from eckart.sweep import sweep
+from eckart.checkpoints import checkpoint
+from eckart.support.versions import versions
+from eckart.model.discovery import discover
+from eckart.statistics.sums import Need
+from eckart.statistics.sweep import sweep
+from eckart.support.files import write_text
+from eckart.text.data import load_windows
 
 WINDOWS, LENGTH = 8, 512
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eckart.files import write_text
+from eckart.support.files import write_text
 
 KEEP = 0.6
 SHAPES = {  # name: inputs, then the outputs of each projection

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eckart.columns import kept_for
-from eckart.files import write_text
-from eckart.linear import FactorizedLinear, KeptColumnsLinear
+from eckart.maths.columns import kept_for
+from eckart.storages.pair import FactorizedLinear
+from eckart.storages.columns import KeptColumnsLinear
+from eckart.support.files import write_text
 
 SHAPES = ((576, 576), (1536, 576), (576, 1536), (2048, 2048))
 KEEP, GIVEN_UP = 0.8, 0.15  # share kept; ranks given up for columns

@@ -17,10 +17,10 @@ from pathlib import Path
 from recipes import LENGTH, TEST_WINDOWS, WINDOWS, figures, read_tests
 
 import eckart
-from eckart import checkpoint
-from eckart.files import write_text
-from eckart.provenance import versions
+from eckart.checkpoints import checkpoint
+from eckart.support.versions import versions
 from eckart.recipes import BUILT_IN, find
+from eckart.support.files import write_text
 
 COLLABORATION = {
     "collaboration": {},

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 import eckart
-from eckart.data import load_windows
-from eckart.files import write_text
-from eckart.measure import perplexity
-from eckart.provenance import versions
+from eckart.support.versions import versions
+from eckart.evaluation.measure import perplexity
 from eckart.recipes import find
+from eckart.support.files import write_text
 from eckart.testing import tiny_model, tiny_tokenizer
+from eckart.text.data import load_windows
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
 COLLABORATION = {"block_collaborative.rate": 2e-3, "block_collaborative.check_every": 5}

@@ -14,9 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from eckart import checkpoint
-from eckart.files import write_text
-from eckart.provenance import versions
+from eckart.checkpoints import checkpoint
+from eckart.support.versions import versions
+from eckart.support.files import write_text
 
 SENSITIVITY = {"allocator.measured": "0.5,1", "allocator.windows": "4", "allocator.length": "128"}
 COLLABORATION = {"block_collaborative.steps": "5", "block_collaborative.batch": "4"}

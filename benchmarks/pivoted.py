@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from eckart import checkpoint
-from eckart.discovery import discover
-from eckart.factorizing import factorize_
-from eckart.files import write_text
+from eckart.checkpoints import checkpoint
+from eckart.support.versions import versions
 from eckart.ledger import largest_rank, share
-from eckart.linear import weight_view
-from eckart.pivot import interpolate, pivoted
-from eckart.provenance import versions
-from eckart.storage import store_
+from eckart.maths.pivot import interpolate, pivoted
+from eckart.model.discovery import discover
+from eckart.model.factorise import factorize_
+from eckart.model.factorise import store_
+from eckart.portable.linear import weight_view
+from eckart.support.files import write_text
 from eckart.types import Group, Target
 
 SHAPES = {"tall": (1536, 576), "wide": (576, 1536), "square": (1024, 1024)}

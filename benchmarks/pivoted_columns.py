@@ -5,8 +5,8 @@
 A pivoted matrix of rank r stores `r (m + n - r)` numbers; c kept columns beside a pivoted rank r' of the others store
 `m c + r' (m + n - c - r')`. The kept columns are compensated: for kept columns S and the others R the low-rank part is
 the best cut of `W_R` in the Schur complement of H, and `A = W_S + (W_R - M) H_RS H_SS^-1`, so that the error is
-`(W_R - M) [I, -H_RS H_SS^-1]` (see `eckart.columns`; a metric on the output side changes neither). Metrics and cuts
-are made of three quarters of the windows; the loss is predicted with these ("own") and with the last ("held out").
+`(W_R - M) [I, -H_RS H_SS^-1]` (see `eckart.maths.columns`; a metric on the output side changes neither). Metrics and
+cuts are made of three quarters of the windows; the loss is predicted with these ("own") and with the last ("held out").
 """
 
 import argparse
@@ -19,18 +19,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from eckart import checkpoint, ledger
+from eckart import ledger
 from eckart.allocators.water_level import WaterLevel
-from eckart.columns import column_scores
-from eckart.data import load_windows
-from eckart.discovery import Layout, discover
+from eckart.checkpoints import checkpoint
+from eckart.support.versions import versions
 from eckart.factorizers.two_sided import TwoSided
-from eckart.files import write_text
 from eckart.linalg import Decomposition, Metric, Side
-from eckart.linear import weight_view
-from eckart.provenance import versions
-from eckart.statistics import GroupStatistics, Need
-from eckart.sweep import sweep
+from eckart.maths.columns import column_scores
+from eckart.model.discovery import Layout, discover
+from eckart.portable.linear import weight_view
+from eckart.statistics.sums import GroupStatistics, Need
+from eckart.statistics.sweep import sweep
+from eckart.support.files import write_text
+from eckart.text.data import load_windows
 from eckart.types import Budget, Group, Spectrum
 
 WINDOWS, LENGTH, BLOCKS = 32, 512, (1, 11, 21, 28)

@@ -16,16 +16,16 @@ import torch
 from recipes import figures, read_tests
 
 from eckart import Calibration, recipes
-from eckart.files import write_text
-from eckart.goals import Goal
-from eckart.linear import swap_
-from eckart.plans import resolve
-from eckart.probe import in_place
+from eckart.support.versions import versions
+from eckart.measuring.probe import in_place
+from eckart.model.factorise import store_
+from eckart.planning.goals import Goal
+from eckart.plans.plan import resolve
+from eckart.portable.linear import swap_
 from eckart.progress import silent
-from eckart.provenance import versions
 from eckart.run import Run
-from eckart.speed_subjects import TorchSubject, prompt_ids
-from eckart.storage import store_
+from eckart.support.files import write_text
+from eckart.timing.subjects import TorchSubject, prompt_ids
 
 MULTIPLES, STORAGES = (1, 8, 16, 32, 64), ("pair", "pivoted")
 PROMPT, STEPS = 128, 8

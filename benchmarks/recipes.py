@@ -21,15 +21,15 @@ from typing import Any
 import torch
 
 from eckart import Calibration
-from eckart.data import load_windows
-from eckart.files import write_text
-from eckart.goals import Goal
-from eckart.linear import weight_view
-from eckart.plans import Plan, resolve
-from eckart.probe import in_place
+from eckart.support.versions import versions
+from eckart.measuring.probe import in_place
+from eckart.planning.goals import Goal
+from eckart.plans.plan import Plan, resolve
+from eckart.portable.linear import weight_view
 from eckart.progress import silent
-from eckart.provenance import versions
 from eckart.run import Run
+from eckart.support.files import write_text
+from eckart.text.data import load_windows
 
 WIDE, NARROW = (0.9, 0.8, 0.7, 0.6, 0.5), (0.8, 0.6)
 RECIPES = {  # name of a row: recipe, its options, shares

@@ -16,14 +16,14 @@ from pathlib import Path
 from recipes import figures, read_tests
 
 from eckart import Calibration, recipes
-from eckart.files import write_text
-from eckart.goals import Goal
-from eckart.linear import weight_view
-from eckart.plans import Plan, resolve
-from eckart.probe import in_place
+from eckart.support.versions import versions
+from eckart.measuring.probe import in_place
+from eckart.planning.goals import Goal
+from eckart.plans.plan import Plan, resolve
+from eckart.portable.linear import weight_view
 from eckart.progress import silent
-from eckart.provenance import versions
 from eckart.run import Run
+from eckart.support.files import write_text
 
 BLOCKS = {"refiners": "block_collaborative"}
 

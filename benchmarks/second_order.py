@@ -15,14 +15,14 @@ from math import exp, log
 from pathlib import Path
 from statistics import median, pstdev
 
-from eckart import checkpoint
-from eckart.data import load_windows
-from eckart.decomposing import decompose
-from eckart.discovery import discover
+from eckart.checkpoints import checkpoint
+from eckart.support.versions import versions
 from eckart.factorizers.two_sided import TwoSided
-from eckart.files import write_text
-from eckart.provenance import versions
-from eckart.sensitivity import candidate_rank, measure_curves
+from eckart.measuring.sensitivity import candidate_rank, measure_curves
+from eckart.model.discovery import discover
+from eckart.planning.decomposed import decompose
+from eckart.support.files import write_text
+from eckart.text.data import load_windows
 from eckart.types import Group
 
 SHARES = (0.3, 0.6, 0.8)

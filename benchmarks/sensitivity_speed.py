@@ -3,7 +3,7 @@
     python benchmarks/sensitivity_speed.py MODEL CALIBRATION.txt --out benchmarks/results/sensitivity_speed.json
 
 Naive: the whole model for every candidate, with its full log-probabilities, against stored ones of the
-dense model. Ours: `eckart.sensitivity`, everything included (the resting model, the walk to each block,
+dense model. Ours: `eckart.measuring.sensitivity`, everything included (the resting model, the walk to each block,
 the reference, the journal). Naive runs module by module between ours, so that both see the same load.
 The sample goes through depth and types together: module i of n is of type `i mod types`.
 """
@@ -16,16 +16,16 @@ from pathlib import Path
 
 import torch
 
-from eckart import checkpoint
-from eckart.data import load_windows
-from eckart.decomposing import decompose
-from eckart.discovery import discover
+from eckart.checkpoints import checkpoint
+from eckart.support.versions import versions
 from eckart.factorizers.svd_llm import SVDLLM
-from eckart.factorizing import factorize_
-from eckart.files import write_text
-from eckart.linear import swap_
-from eckart.provenance import versions
-from eckart.sensitivity import candidate_rank, measure_curves
+from eckart.measuring.sensitivity import candidate_rank, measure_curves
+from eckart.model.discovery import discover
+from eckart.model.factorise import factorize_
+from eckart.planning.decomposed import decompose
+from eckart.portable.linear import swap_
+from eckart.support.files import write_text
+from eckart.text.data import load_windows
 from eckart.types import Group
 
 KEEP, SHARES = 0.8, (0.2, 0.4, 0.6, 0.9, 1.0)

@@ -21,10 +21,10 @@ import torch
 import transformers
 
 import eckart
-from eckart import checkpoint
-from eckart.files import write_text
-from eckart.provenance import versions
+from eckart.checkpoints import checkpoint
+from eckart.support.versions import versions
 from eckart.recipes import BUILT_IN
+from eckart.support.files import write_text
 
 ONE_STEP = {"block_collaborative.steps": 1, "block_collaborative.check_every": 1}
 FEW = {"candidates": 2, "finalists": 1, "windows": 2, "held_out": 1}
@@ -142,7 +142,7 @@ def with_lora(folder: Path) -> dict:
 
 def in_onnx(folder: Path) -> dict:
     """Greedy tokens of the exported graph against torch."""
-    from eckart.onnx_model import OnnxModel
+    from eckart.engines.onnx_model import OnnxModel
 
     start = time.perf_counter()
     graph = eckart.export(folder, to="onnx", out=folder.with_name("onnx")).out

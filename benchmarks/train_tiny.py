@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from eckart.data import load_windows
+from eckart.text.data import load_windows
 
 VOCABULARY, LENGTH, BATCH, RATE = 2000, 128, 16, 2e-3
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from eckart.discovery import discover
-from eckart.factorizing import factorize_
-from eckart.linear import share_basis_, weight_view
+from eckart.model.discovery import discover
+from eckart.model.factorise import factorize_
+from eckart.portable.linear import share_basis_, weight_view
 from eckart.testing import tiny_models, tiny_tokenizer
 
 

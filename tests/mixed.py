@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from eckart.discovery import discover
-from eckart.factorizing import factorize_
-from eckart.linear import share_basis_, weight_view
-from eckart.storage import store_
+from eckart.model.discovery import discover
+from eckart.model.factorise import factorize_
+from eckart.model.factorise import store_
+from eckart.portable.linear import share_basis_, weight_view
 from eckart.testing import tiny_model, tiny_models
 
 _SMALL: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}

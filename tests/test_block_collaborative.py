@@ -5,17 +5,17 @@ import logging
 import pytest
 import torch
 
-from eckart.block_descent import BlockError, Schedule, descend
-from eckart.block_factors import refinable, split_windows
-from eckart.discovery import discover
 from eckart.errors import DataError, NumericalError, OptionError
-from eckart.factorizing import factorize_
-from eckart.linear import weight_view
-from eckart.plans import Plan
+from eckart.model.discovery import discover
+from eckart.model.factorise import factorize_
+from eckart.plans.plan import Plan
+from eckart.portable.linear import weight_view
+from eckart.refiners._block_descent import BlockError, Schedule, descend
+from eckart.refiners._block_factors import refinable, split_windows
+from eckart.refiners._two_streams import TwoStreams
 from eckart.refiners.base import Refinement
 from eckart.refiners.block_collaborative import BlockCollaborative, _Job
 from eckart.testing import tiny_model, tiny_models
-from eckart.two_streams import TwoStreams
 from eckart.types import Entry
 
 LENGTH = 24

@@ -9,10 +9,10 @@ import torch
 from huggingface_hub import ModelCard
 from mixed import mixed
 
-from eckart import checkpoint
-from eckart.card import card
+from eckart.checkpoints import checkpoint
+from eckart.checkpoints.card import card
 from eckart.errors import OutputError
-from eckart.plans import Plan
+from eckart.plans.plan import Plan
 from eckart.types import Entry
 
 PROVENANCE: dict[str, Any] = {
@@ -96,7 +96,7 @@ def test_a_failed_save_leaves_no_card(tmp_path: Path, monkeypatch: pytest.Monkey
     def fail(*_: Any) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("eckart.card.card", fail)
+    monkeypatch.setattr("eckart.checkpoints.card.card", fail)
     with pytest.raises(OutputError):
         checkpoint.save(mixed("llama"), tmp_path / "new")
     assert not (tmp_path / "new").exists()

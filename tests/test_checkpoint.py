@@ -17,10 +17,11 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from eckart import checkpoint, hf
+from eckart.checkpoints import checkpoint
 from eckart.errors import CheckpointError, ModelError, OutputError, PlanError
-from eckart.linear import FactorizedLinear
-from eckart.plans import Plan
+from eckart.plans.plan import Plan
+from eckart.portable import hf
+from eckart.storages.pair import FactorizedLinear
 from eckart.testing import tiny_models
 from eckart.types import Entry
 
@@ -473,7 +474,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
     room: int, make: Make, tokenizer: Any, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At 8 kB the configuration fits and the first shard does not, then the later ones, then the tokenizer."""
-    monkeypatch.setattr("eckart.files.check_space", lambda path, needed: None)
+    monkeypatch.setattr("eckart.support.files.check_space", lambda path, needed: None)
     (small_disk / "ballast").write_bytes(bytes(200 * 1024 - room))
     with pytest.raises(OutputError, match="saved: the disk is full; nothing was kept"):
         checkpoint.save(make("llama"), small_disk / "saved", tokenizer=tokenizer, max_shard_size="30KB")

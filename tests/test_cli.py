@@ -178,7 +178,7 @@ def test_inspect_shows_the_effective_ranks(workspace, monkeypatch, capsys):
     rows = {row["targets"][0]: row for row in json.loads(capsys.readouterr().out)["spectra"]}
     assert len(rows) == 14
     name, seen = "model.layers.1.mlp.down_proj", []
-    model = eckart.checkpoint.load_model("dense")
+    model = eckart.checkpoints.checkpoint.load_model("dense")
     model.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(output))
     with torch.no_grad():
         model(input_ids=eckart.load_windows("text.txt", tiny_tokenizer(), windows=6, length=24).ids, use_cache=False)

@@ -7,10 +7,10 @@ import torch
 
 from eckart import ledger
 from eckart.checks import gram_of
-from eckart.columns import Splits, column_scores, kept_for, positive_definite, split
 from eckart.factorizers.column_preserving import ColumnDecomposition, ColumnPreserving
-from eckart.golden import golden_section
-from eckart.statistics import GroupStatistics, Statistics
+from eckart.maths.columns import Splits, column_scores, kept_for, positive_definite, split
+from eckart.maths.golden import golden_section
+from eckart.statistics.sums import GroupStatistics, Statistics
 from eckart.types import Entry, Group, Target
 
 Tensor = torch.Tensor

@@ -12,8 +12,8 @@ from conftest import bench
 
 import eckart
 from eckart._cli import main
-from eckart.comparison import check_protocols, pareto
 from eckart.errors import CheckpointError, OptionError
+from eckart.pages.comparison import check_protocols, pareto
 from eckart.testing import tiny_models, tiny_tokenizer
 
 PROTOCOL = {

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import eckart
-from eckart import checkpoint, recipes
+from eckart import recipes
 from eckart._cli import app
-from eckart.correction import measure_correction
-from eckart.data import load_windows
+from eckart.checkpoints import checkpoint
 from eckart.errors import OptionError
+from eckart.planning.correction import measure_correction
 from eckart.testing import tiny_models, tiny_tokenizer
+from eckart.text.data import load_windows
 from eckart.types import Entry, Group, Spectrum, Target
 
 TEXT = "".join(chr(97 + int(i)) for i in torch.randint(26, (6000,), generator=torch.Generator().manual_seed(0)))

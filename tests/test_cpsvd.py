@@ -8,9 +8,9 @@ import torch
 from eckart import ledger
 from eckart.allocators.cpsvd import CPSVD, shared_out
 from eckart.checks import problems_spectra
-from eckart.discovery import discover
 from eckart.errors import BudgetError, OptionError
-from eckart.similarity import block_similarities
+from eckart.measuring.similarity import block_similarities
+from eckart.model.discovery import discover
 from eckart.testing import tiny_models
 from eckart.types import Budget, Group, Spectrum, Target
 

@@ -14,8 +14,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from eckart.data import AMPLE, Part, check_length, hash_tokens, load_windows, parse_spec, share_windows
 from eckart.errors import DataError, NumericalError, OptionError
+from eckart.text.data import AMPLE, Part, check_length, hash_tokens, load_windows, parse_spec, share_windows
 
 BOS, EOS = 100, 101
 

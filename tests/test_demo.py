@@ -2,7 +2,7 @@
 
 import json
 
-from eckart import demo
+from eckart.demo import run as demo
 from eckart.testing import tiny_model, tiny_tokenizer
 
 

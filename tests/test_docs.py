@@ -73,7 +73,7 @@ def test_the_tutorial(workspace, monkeypatch, capsys):
     names = [e.targets[0] for e in eckart.Plan.load("smaller/plan.json").entries]
     edited = {e.targets[0]: e.rank for e in eckart.Plan.load("edited/plan.json").entries}
     assert edited[names[0]] is None
-    smaller, ordinary = eckart.load("smaller"), eckart.checkpoint.load_model("ordinary")
+    smaller, ordinary = eckart.load("smaller"), eckart.checkpoints.checkpoint.load_model("ordinary")
     ids = torch.arange(4, 30)[None]
     torch.testing.assert_close(ordinary(ids).logits, smaller(ids).logits, atol=1e-4, rtol=1e-3)
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import eckart
-from eckart.discovery import discover
-from eckart.statistics import Gram, Need
-from eckart.sweep import sweep
+from eckart.model.discovery import discover
+from eckart.statistics.sums import Gram, Need
+from eckart.statistics.sweep import sweep
 from eckart.testing import tiny_models, tiny_tokenizer
 
 TEXT = "".join(chr(97 + int(i)) for i in torch.randint(26, (20_000,), generator=torch.Generator().manual_seed(0)))

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 import eckart
-from eckart import checkpoint, samples
 from eckart._cli import main
+from eckart.checkpoints import checkpoint
+from eckart.evaluation import samples
 from eckart.testing import tiny_models, tiny_tokenizer
 
 TEXT = ("--data", "text.txt", "--windows", "5", "--length", "24")
@@ -109,8 +110,8 @@ def test_it_is_measured_in_float32_unless_told_otherwise(run):
 
 def test_samples_are_written_in_float32_too(workspace, monkeypatch):
     seen = []
-    cast = eckart.dtypes.cast_
-    monkeypatch.setattr("eckart.dtypes.cast_", lambda model, dtype: (seen.append(dtype), cast(model, dtype)))
+    cast = eckart.support.dtypes.cast_
+    monkeypatch.setattr("eckart.support.dtypes.cast_", lambda model, dtype: (seen.append(dtype), cast(model, dtype)))
     assert samples.write("bfloat16", ["A"], new_tokens=3) == samples.write("bfloat16 in float32", ["A"], new_tokens=3)
     samples.write("bfloat16", ["A"], new_tokens=1, dtype="bfloat16")
     assert seen == [torch.float32, torch.float32, torch.bfloat16]

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import eckart
-from eckart.demo_assets import cache_folder
-from eckart.linear import KeptColumnsLinear
-from eckart.plans import Plan
+from eckart.demo.assets import cache_folder
+from eckart.plans.plan import Plan
+from eckart.storages.columns import KeptColumnsLinear
 from eckart.testing import tiny_models, tiny_tokenizer
 
 
@@ -51,7 +51,7 @@ def test_recipe_runs_saves_and_replays(text: str, tmp_path: Path) -> None:
 
 def test_a_second_run_finds_its_measurements(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = compress(text, tmp_path)
-    monkeypatch.setattr("eckart.sensitivity._Walk._walk", None)
+    monkeypatch.setattr("eckart.measuring.sensitivity._Walk._walk", None)
     assert compress(text, tmp_path).plan == first.plan
     with pytest.raises(TypeError):
         compress(text, tmp_path, keep=0.7)  # another target has to be measured

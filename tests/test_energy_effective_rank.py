@@ -11,9 +11,9 @@ from eckart import ledger
 from eckart.allocators.energy_effective_rank import EnergyEffectiveRank, auto_beta
 from eckart.allocators.uniform import Uniform
 from eckart.checks import check_entries
-from eckart.density import effective_rank, energy_effective_rank, rank_at_95, stable_rank
 from eckart.errors import BudgetError, OptionError
-from eckart.lagrange import Bidder, closed_form, integer_ranks, total
+from eckart.maths.density import effective_rank, energy_effective_rank, rank_at_95, stable_rank
+from eckart.maths.lagrange import Bidder, closed_form, integer_ranks, total
 from eckart.recipes import find
 from eckart.types import Budget, Group, Spectrum, Target
 

@@ -5,13 +5,13 @@ import torch
 
 import eckart
 from eckart import ledger
+from eckart.allocators._share_candidates import NARROW, draw_removal, draws, fit_ranks, mean_removed
 from eckart.allocators.error_search import ErrorSearch, discarded_energy
 from eckart.allocators.uniform import Uniform
 from eckart.checks import check_entries, problems_spectra
 from eckart.errors import DataError, NumericalError, OptionError
-from eckart.probe import split_for_search
+from eckart.measuring.probe import split_for_search
 from eckart.recipes import Recipe
-from eckart.share_candidates import NARROW, draw_removal, draws, fit_ranks, mean_removed
 from eckart.testing import tiny_models, tiny_tokenizer
 from eckart.types import Budget
 

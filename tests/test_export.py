@@ -12,15 +12,16 @@ from conftest import factorize_all_
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import eckart
-from eckart import checkpoint, hf
+from eckart.checkpoints import checkpoint
 from eckart.errors import OptionError, OutputError
-from eckart.linear import empty_like, share_basis_, swap_
-from eckart.storage import store_
+from eckart.model.factorise import store_
+from eckart.portable import hf
+from eckart.portable.linear import empty_like, share_basis_, swap_
 from eckart.testing import tiny_models, tiny_tokenizer
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
 pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
-from eckart.onnx_model import OnnxModel  # noqa: E402
+from eckart.engines.onnx_model import OnnxModel  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # an export takes ten seconds, on a busy machine a minute
 
@@ -209,7 +210,7 @@ def test_wrong_options(saved, tmp_path, options, message):
 
 
 def test_missing_packages_are_named(saved, tmp_path, monkeypatch):
-    monkeypatch.setattr("eckart.extras.find_spec", lambda name: None if name == "onnxscript" else object())
+    monkeypatch.setattr("eckart.support.extras.find_spec", lambda name: None if name == "onnxscript" else object())
     with pytest.raises(OptionError, match=r"needs onnxscript, not installed here: pip install 'eckart\[export\]'"):
         eckart.export(saved, to="onnx", out=tmp_path / "out")
 

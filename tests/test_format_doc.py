@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from eckart import checkpoint, hf
-from eckart.discovery import discover
-from eckart.linear import FactorizedLinear, KeptColumnsLinear, PivotedLinear
+from eckart.checkpoints import checkpoint
+from eckart.model.discovery import discover
+from eckart.portable import hf
+from eckart.storages.pair import FactorizedLinear
+from eckart.storages.columns import KeptColumnsLinear
+from eckart.storages.pivoted import PivotedLinear
 from eckart.testing import tiny_models
 
 PAGE = (Path(__file__).parent.parent / "docs/format.md").read_text(encoding="utf-8")
@@ -112,7 +115,7 @@ def test_the_page_names_every_factorised_key() -> None:
 
 
 def test_the_page_names_every_file(tmp_path: Path) -> None:
-    from eckart.plans import Plan
+    from eckart.plans.plan import Plan
     from eckart.types import Entry
 
     model = tiny_models()["llama"]()

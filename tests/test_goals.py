@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import eckart
-from eckart import checkpoint
 from eckart._cli import app
+from eckart.checkpoints import checkpoint
 from eckart.errors import BudgetError, OptionError
-from eckart.goals import Goal, parse_size
-from eckart.linear import PivotedLinear
+from eckart.planning.goals import Goal, parse_size
+from eckart.storages.pivoted import PivotedLinear
 from eckart.testing import tiny_models, tiny_tokenizer
 
 TEXT = "".join(chr(97 + (7 * i * i + i // 3) % 26) for i in range(3000))

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from eckart.decomposing import decompose
-from eckart.discovery import discover
 from eckart.errors import OptionError
-from eckart.grouping import READERS, Grouping, auto_size, make_groups
+from eckart.model.discovery import discover
+from eckart.planning.decomposed import decompose
+from eckart.plans.grouping import READERS, Grouping, auto_size, make_groups
 from eckart.recipes import find
-from eckart.statistics import Need
-from eckart.sweep import sweep
+from eckart.statistics.sums import Need
+from eckart.statistics.sweep import sweep
 from eckart.testing import tiny_model, tiny_models
 from eckart.types import Target
 

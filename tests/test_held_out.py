@@ -4,11 +4,11 @@ import pytest
 import torch
 from conftest import factorize_all_
 
-from eckart.data import Windows, load_windows
-from eckart.discovery import discover
 from eckart.errors import NumericalError
-from eckart.held_out import LENGTH, WINDOWS, HeldOut
+from eckart.measuring.held_out import LENGTH, WINDOWS, HeldOut
+from eckart.model.discovery import discover
 from eckart.testing import tiny_model, tiny_models, tiny_tokenizer
+from eckart.text.data import Windows, load_windows
 
 OPTIONS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 8}
 MODELS = {**tiny_models(), "gemma2": lambda: tiny_model("Gemma2", **OPTIONS)}  # whose logits are capped

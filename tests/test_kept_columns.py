@@ -7,12 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from eckart import checkpoint, dtypes, hf, ledger
-from eckart.discovery import discover
+from eckart import ledger
+from eckart.checkpoints import checkpoint
 from eckart.errors import PlanError
-from eckart.factorizing import factorize_
-from eckart.linear import FactorizedLinear, KeptColumnsLinear, empty_like, share_basis_
-from eckart.plans import Plan, resolve
+from eckart.model.discovery import discover
+from eckart.model.factorise import factorize_
+from eckart.plans.plan import Plan, resolve
+from eckart.portable import hf
+from eckart.portable.linear import empty_like, share_basis_
+from eckart.storages.pair import FactorizedLinear
+from eckart.storages.columns import KeptColumnsLinear
+from eckart.support import dtypes
 from eckart.testing import tiny_models
 from eckart.types import Entry, Factors, Group, Target
 

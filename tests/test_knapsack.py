@@ -8,8 +8,8 @@ import torch
 from eckart import ledger
 from eckart.allocators import knapsack
 from eckart.allocators.knapsack import Choice, Knapsack, exact
-from eckart.curve_fit import filled, fit
 from eckart.errors import BudgetError, OptionError
+from eckart.maths.curve_fit import filled, fit
 from eckart.types import Budget, Group, Spectrum, Target
 
 SHARES = tuple(step / 10 for step in range(1, 11))

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from eckart.factorizing import factorize_
-from eckart.linear import FactorizedLinear, empty_like, is_linear, share_basis_, swap_, weight_view
+from eckart.model.factorise import factorize_
+from eckart.portable.linear import empty_like, is_linear, share_basis_, swap_, weight_view
+from eckart.storages.pair import FactorizedLinear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

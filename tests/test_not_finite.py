@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import eckart
-from eckart import checkpoint
 from eckart._cli import main
-from eckart.not_finite import exp, numbers, to_json
+from eckart.checkpoints import checkpoint
+from eckart.support.not_finite import exp, numbers, to_json
 from eckart.testing import tiny_models, tiny_tokenizer
 
 INF, NAN = math.inf, math.nan

@@ -8,7 +8,7 @@ import pytest
 from conftest import bench
 
 import eckart
-from eckart.compression import Calibration
+from eckart.text.calibration import Calibration
 from eckart.testing import tiny_models, tiny_tokenizer
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from eckart.discovery import discover
-from eckart.factorizing import factorize_
-from eckart.held_out import HeldOut
-from eckart.linear import weight_view
-from eckart.part_probe import measure_parts
+from eckart.measuring.held_out import HeldOut
+from eckart.measuring.part_probe import measure_parts
+from eckart.model.discovery import discover
+from eckart.model.factorise import factorize_
+from eckart.portable.linear import weight_view
 from eckart.testing import tiny_models
 from eckart.types import Entry, Group
 

@@ -7,8 +7,9 @@ import torch
 
 import eckart
 from eckart.errors import BudgetError, DataError, ModelError, OptionError, OutputError, PlanError
-from eckart.linear import FactorizedLinear, weight_view
-from eckart.plans import Plan
+from eckart.plans.plan import Plan
+from eckart.portable.linear import weight_view
+from eckart.storages.pair import FactorizedLinear
 from eckart.recipes import BUILT_IN
 from eckart.testing import tiny_models, tiny_tokenizer
 
@@ -62,7 +63,7 @@ def test_every_family(family, calibration, tmp_path):
 
 @pytest.mark.parametrize("recipe", sorted(BUILT_IN))
 def test_keep_1_gives_the_dense_logits_back(recipe, folder, calibration, tmp_path):
-    dense = logits(eckart.checkpoint.load_model(folder))
+    dense = logits(eckart.checkpoints.checkpoint.load_model(folder))
     made = eckart.compress(folder, recipe=recipe, keep=1.0, calibration=calibration, out=tmp_path / "same")
     assert torch.equal(logits(made.model), dense)
     assert torch.equal(logits(eckart.load(tmp_path / "same")), dense)
@@ -70,7 +71,7 @@ def test_keep_1_gives_the_dense_logits_back(recipe, folder, calibration, tmp_pat
 
 def test_full_rank_everywhere_gives_the_dense_logits_back(folder, calibration):
     """Unlike keep 1.0, which leaves the weights alone, this goes through every factor."""
-    dense = logits(eckart.checkpoint.load_model(folder))
+    dense = logits(eckart.checkpoints.checkpoint.load_model(folder))
     entries = tuple(
         eckart.types.Entry((t.name,), min(t.out_features, t.in_features)) for t in eckart.inspect(folder).targets
     )
@@ -80,7 +81,7 @@ def test_full_rank_everywhere_gives_the_dense_logits_back(folder, calibration):
 
 def test_svd_llm_has_the_smallest_output_error(folder, calibration):
     """The error on the calibration outputs, which svd-llm minimises: the others must not beat it."""
-    dense = eckart.checkpoint.load_model(folder)
+    dense = eckart.checkpoints.checkpoint.load_model(folder)
     ids = eckart.load_windows(calibration.data, tiny_tokenizer(), windows=6, length=24).ids
     name, seen = "model.layers.0.mlp.gate_proj", []
     dense.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0]))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from eckart.pivot import BOUND, default_pivots, interpolate, pivoted, unpivoted
+from eckart.maths.pivot import BOUND, default_pivots, interpolate, pivoted, unpivoted
 
 SIDES = ("rows", "columns")
 

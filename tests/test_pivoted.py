@@ -7,13 +7,16 @@ import torch
 from torch import nn
 
 import eckart
-from eckart import checkpoint, hf, ledger
-from eckart.discovery import discover
+from eckart import ledger
+from eckart.checkpoints import checkpoint
 from eckart.errors import OptionError, OutputError, PlanError
-from eckart.factorizing import factorize_
-from eckart.linear import PivotedLinear, empty_like, is_factorized, share_basis_
-from eckart.plans import Plan, resolve
-from eckart.storage import store_
+from eckart.model.discovery import discover
+from eckart.model.factorise import factorize_
+from eckart.model.factorise import store_
+from eckart.plans.plan import Plan, resolve
+from eckart.portable import hf
+from eckart.portable.linear import empty_like, is_factorized, share_basis_
+from eckart.storages.pivoted import PivotedLinear
 from eckart.testing import tiny_models
 from eckart.types import Entry, Group, Target
 

@@ -10,10 +10,10 @@ import torch
 
 import eckart
 from eckart._cli import main
-from eckart.checkpoint import read_provenance
-from eckart.compression import Calibration
-from eckart.linear import weight_view
-from eckart.spectra_file import read as read_spectra
+from eckart.checkpoints.checkpoint import read_provenance
+from eckart.checkpoints.spectra_file import read as read_spectra
+from eckart.text.calibration import Calibration
+from eckart.portable.linear import weight_view
 from eckart.testing import tiny_models, tiny_tokenizer
 
 

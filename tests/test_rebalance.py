@@ -4,9 +4,9 @@ from fractions import Fraction
 
 import pytest
 
-from eckart.lagrange import Bidder, total
 from eckart.ledger import largest_rank, parameters, share
-from eckart.rebalance import rebalance_
+from eckart.maths.lagrange import Bidder, total
+from eckart.maths.rebalance import rebalance_
 from eckart.types import Group, Target
 
 LLAMA_7B = {"q": (4096, 4096), "k": (4096, 4096), "v": (4096, 4096)}

@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eckart.discovery import discover
 from eckart.errors import OptionError
-from eckart.linear import weight_view
-from eckart.plans import Plan
+from eckart.model.discovery import discover
+from eckart.plans.plan import Plan
+from eckart.portable.linear import weight_view
 from eckart.refiners.base import Refinement
 from eckart.refiners.recover import Recover, dense_again, recut
-from eckart.self_text import write_windows
 from eckart.testing import tiny_models, tiny_tokenizer
+from eckart.text.self_text import write_windows
 from eckart.types import Entry
 
 

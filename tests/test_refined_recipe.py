@@ -11,14 +11,15 @@ from test_block_collaborative import make_model, trained_state  # noqa: F401
 from test_residual_metric import grams_by_autograd, weighted_errors
 
 import eckart
-from eckart import hf, recipes, registry
+from eckart import recipes, registry
 from eckart._cli import main
 from eckart._cli.compress import with_recovery
-from eckart.checkpoint import load_model
-from eckart.data import load_windows
-from eckart.plans import Plan
+from eckart.checkpoints.checkpoint import load_model
+from eckart.plans.plan import Plan
+from eckart.portable import hf
 from eckart.refiners.recover import Recover
 from eckart.testing import tiny_tokenizer
+from eckart.text.data import load_windows
 
 TEXT = "After the closed form, the factors of a whole block are refined together. " * 30
 DATA = ("--data", "text.txt", "--windows", "12", "--length", "24")

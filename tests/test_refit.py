@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 
-from eckart.discovery import discover
 from eckart.errors import OptionError
-from eckart.factorizing import factorize_
-from eckart.linear import FactorizedLinear, share_basis_, swap_, weight_view
-from eckart.plans import Plan
+from eckart.model.discovery import discover
+from eckart.model.factorise import factorize_
+from eckart.plans.plan import Plan
+from eckart.portable.linear import share_basis_, swap_, weight_view
+from eckart.storages.pair import FactorizedLinear
 from eckart.recipes import find
 from eckart.refiners.base import Refinement
 from eckart.refiners.refit_coefficients import RefitCoefficients, correction

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from eckart import checkpoint
+from eckart.checkpoints import checkpoint
 
 REGISTRY = "import transformers.quantizers.auto as r"
 ORDERS = {
@@ -32,7 +32,7 @@ def run(code: str, *arguments: str) -> str:
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_quantizer_is_registered_in_every_order(order: str) -> None:
     code = f"{ORDERS[order]}\nprint(r.AUTO_QUANTIZER_MAPPING['eckart'], r.AUTO_QUANTIZATION_CONFIG_MAPPING['eckart'])"
-    assert run(code) == "<class 'eckart.hf.EckartQuantizer'> <class 'eckart.hf.EckartConfig'>\n"
+    assert run(code) == "<class 'eckart.portable.hf.EckartQuantizer'> <class 'eckart.portable.hf.EckartConfig'>\n"
 
 
 def test_importing_eckart_imports_neither_torch_nor_transformers() -> None:
@@ -41,7 +41,7 @@ def test_importing_eckart_imports_neither_torch_nor_transformers() -> None:
 
 
 def test_a_light_import_of_transformers_stays_light() -> None:
-    assert run("import sys, eckart, transformers; print('eckart.hf' in sys.modules)") == "False\n"
+    assert run("import sys, eckart, transformers; print('eckart.portable.hf' in sys.modules)") == "False\n"
 
 
 def test_plain_transformers_loads_a_checkpoint(make: Callable[..., Any], tmp_path: Path) -> None:

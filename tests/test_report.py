@@ -12,10 +12,11 @@ import torch
 from conftest import bench
 
 import eckart
-from eckart import report_maps, samples
 from eckart._cli import main
-from eckart.compression import Calibration
+from eckart.text.calibration import Calibration
 from eckart.errors import CheckpointError, DataError, OptionError
+from eckart.evaluation import samples
+from eckart.pages import report_maps
 from eckart.testing import tiny_models, tiny_tokenizer
 
 TEXT = Calibration("text.txt", windows=5, length=24)

@@ -6,14 +6,14 @@ import pytest
 import torch
 from test_block_collaborative import compressed, make_model, text_windows, trained_state  # noqa: F401
 
-from eckart.block_descent import BlockError
-from eckart.discovery import discover
 from eckart.errors import NumericalError, OptionError
-from eckart.linear import FactorizedLinear
+from eckart.model.discovery import discover
+from eckart.storages.pair import FactorizedLinear
+from eckart.refiners._block_descent import BlockError
+from eckart.refiners._residual_metric import residual_grams, residual_metrics, shrunk
+from eckart.refiners._two_streams import TwoStreams
 from eckart.refiners.block_collaborative import BlockCollaborative
-from eckart.residual_metric import residual_grams, residual_metrics, shrunk
 from eckart.testing import check_refiner, tiny_models
-from eckart.two_streams import TwoStreams
 
 FAST = {"batch": 6, "rate": 3e-3, "free_rate": 3e-3, "steps": 30, "free_steps": 30}
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eckart.residual_target import blend, regress
+from eckart.refiners._residual_target import blend, regress
 
 DOUBLE = torch.float64
 

@@ -13,8 +13,8 @@ import torch
 import eckart
 from eckart.errors import OutputError
 from eckart.recipes import Recipe
+from eckart.support.work import WorkFolder, fingerprint
 from eckart.testing import tiny_model, tiny_tokenizer
-from eckart.work import WorkFolder, fingerprint
 
 TEXT = "A killed run resumes at its block and ends with the same checkpoint, byte for byte. " * 40
 OPTIONS = {"steps": 6, "batch": 4, "check_every": 2, "rate": 3e-3}

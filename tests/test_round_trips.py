@@ -13,8 +13,11 @@ import transformers
 from mixed import FAMILIES, mixed
 from safetensors.torch import load_file, save_file
 
-from eckart import checkpoint, hf, modeling_eckart, portable
-from eckart.linear import FactorizedLinear, is_factorized
+from eckart.checkpoints import checkpoint
+from eckart.checkpoints import code as portable
+from eckart.portable import hf, modeling_eckart
+from eckart.portable.linear import is_factorized
+from eckart.storages.pair import FactorizedLinear
 
 AUTO = transformers.AutoModelForCausalLM
 WITHOUT_PACKAGE = """

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from eckart.blocks import open_stream
-from eckart.decomposing import decompose
-from eckart.discovery import discover
 from eckart.factorizers.svd_llm import SVDLLM
-from eckart.factorizing import factorize_
-from eckart.sensitivity import Curves, candidate_rank, measure_curves
-from eckart.tail_divergence import TailDivergence
+from eckart.measuring.sensitivity import Curves, candidate_rank, measure_curves
+from eckart.measuring.tail_divergence import TailDivergence
+from eckart.model.discovery import discover
+from eckart.model.factorise import factorize_
+from eckart.model.walk import open_stream
+from eckart.planning.decomposed import decompose
 from eckart.testing import tiny_model, tiny_models
 from eckart.types import Group
 
@@ -57,9 +57,9 @@ def naive(family: str, changed: dict[str, float], target: float = 0.6) -> float:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma3"])
 def test_equal_to_the_naive_evaluation(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eckart.tail_divergence.CHUNK_ELEMENTS", 128 * 3 * 5)  # 5 positions at a time
-    monkeypatch.setattr("eckart.head_divergence.SLICE_ELEMENTS", 32 * 30)  # 30 of the vocabulary at a time
-    monkeypatch.setattr("eckart.sensitivity.BATCH_TOKENS", 32)  # two batches
+    monkeypatch.setattr("eckart.measuring.tail_divergence.CHUNK_ELEMENTS", 128 * 3 * 5)  # 5 positions at a time
+    monkeypatch.setattr("eckart.maths.head_divergence.SLICE_ELEMENTS", 32 * 30)  # 30 of the vocabulary at a time
+    monkeypatch.setattr("eckart.measuring.sensitivity.BATCH_TOKENS", 32)  # two batches
     model, layout, made = setting(family)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     curves = measure_curves(model, layout, made, windows(), 0.6, work=tmp_path, depends={}, shares=SHARES)
@@ -99,7 +99,7 @@ def test_a_capped_head_is_seen_and_compared_all_the_same() -> None:
 
 def test_a_second_run_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = measure("llama", tmp_path)
-    monkeypatch.setattr("eckart.sensitivity._Walk._walk", None)
+    monkeypatch.setattr("eckart.measuring.sensitivity._Walk._walk", None)
     assert measure("llama", tmp_path) == first
 
 

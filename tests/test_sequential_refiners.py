@@ -4,12 +4,12 @@ import pytest
 import torch
 from test_block_collaborative import compressed, make_model, text_windows
 
-from eckart.discovery import discover
 from eckart.errors import OptionError
+from eckart.model.discovery import discover
+from eckart.refiners._two_streams import TwoStreams
 from eckart.refiners.alternating import Alternating, missing_cross
 from eckart.refiners.sequential_update import SequentialUpdate
 from eckart.testing import tiny_models
-from eckart.two_streams import TwoStreams
 
 
 def inputs_of(model, name, windows):

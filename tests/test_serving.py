@@ -11,8 +11,9 @@ import pytest
 import torch
 from mixed import mix
 
-from eckart import checkpoint, hf
-from eckart.linear import weight_view
+from eckart.checkpoints import checkpoint
+from eckart.portable import hf
+from eckart.portable.linear import weight_view
 from eckart.testing import tiny_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed (docs/serving.md)")

@@ -7,14 +7,14 @@ import torch
 from safetensors.torch import load_file
 
 import eckart
-from eckart.decomposing import decompose
-from eckart.discovery import discover
 from eckart.factorizers.svd_llm import SVDLLM
-from eckart.grouping import READERS, make_groups
 from eckart.ledger import parameters
-from eckart.linear import FactorizedLinear
-from eckart.plans import Plan
-from eckart.statistics import Gram, GroupStatistics, Statistics
+from eckart.model.discovery import discover
+from eckart.planning.decomposed import decompose
+from eckart.plans.grouping import READERS, make_groups
+from eckart.plans.plan import Plan
+from eckart.storages.pair import FactorizedLinear
+from eckart.statistics.sums import Gram, GroupStatistics, Statistics
 from eckart.testing import tiny_model, tiny_models, tiny_tokenizer
 from eckart.types import Entry, Group, Target
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import eckart
-from eckart.discovery import discover
 from eckart.errors import OptionError
 from eckart.factorizers.two_sided import TwoSided
 from eckart.linalg import Decomposition
-from eckart.statistics import Gram, GroupStatistics, Need, Statistics
-from eckart.sweep import sweep
+from eckart.model.discovery import discover
+from eckart.statistics.sums import Gram, GroupStatistics, Need, Statistics
+from eckart.statistics.sweep import sweep
 from eckart.testing import check_factorizer, tiny_models, tiny_tokenizer
 from eckart.types import Group, Target
 

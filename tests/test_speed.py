@@ -8,10 +8,13 @@ import torch
 from conftest import factorize_all_
 
 import eckart
-from eckart import checkpoint, hf, speed, speed_limits
+from eckart.checkpoints import checkpoint
 from eckart.errors import OptionError
-from eckart.storage import store_
+from eckart.model.factorise import store_
+from eckart.portable import hf
 from eckart.testing import tiny_models, tiny_tokenizer
+from eckart.timing import limits as speed_limits
+from eckart.timing import speed
 
 HIDDEN, VOCABULARY, LAYERS, INNER = 32, 128, 2, 64
 

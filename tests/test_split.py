@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from eckart.linear import empty_like
-from eckart.split import assemble, part_of
+from eckart.engines.parts import assemble, part_of
+from eckart.portable.linear import empty_like
 
 IN, OUT = 12, 20
 SPECS = {

@@ -2,7 +2,7 @@
 
 import torch
 
-from eckart.statistics import Gram, GroupStatistics, Statistics
+from eckart.statistics.sums import Gram, GroupStatistics, Statistics
 
 
 def test_half_a_million_tokens_lose_no_digits():

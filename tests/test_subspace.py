@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eckart.subspace import ProjectedAdam, orthonormal, tangent, top_subspace
+from eckart.maths.subspace import ProjectedAdam, orthonormal, tangent, top_subspace
 
 DOUBLE = torch.float64
 

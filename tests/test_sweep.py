@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from eckart.blocks import open_stream, run_tail, split_batches
-from eckart.discovery import discover
 from eckart.errors import NumericalError
-from eckart.linear import weight_view
-from eckart.statistics import Need
-from eckart.sweep import sweep
+from eckart.model.discovery import discover
+from eckart.model.walk import open_stream, run_tail, split_batches
+from eckart.portable.linear import weight_view
+from eckart.statistics.sums import Need
+from eckart.statistics.sweep import sweep
 from eckart.testing import tiny_models
 
 FAMILIES = sorted(tiny_models())

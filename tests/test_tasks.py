@@ -8,9 +8,9 @@ import torch
 from conftest import factorize_all_
 
 import eckart
-from eckart import checkpoint
+from eckart.checkpoints import checkpoint
 from eckart.errors import DataError, OptionError
-from eckart.tasks import PAPERS, make_run
+from eckart.evaluation.tasks import PAPERS, make_run
 from eckart.testing import tiny_models, tiny_tokenizer
 
 CHOICES = [
@@ -172,6 +172,6 @@ def test_wrong_requests(given, message):
 
 
 def test_the_missing_extra_is_named(monkeypatch):
-    monkeypatch.setattr("eckart.extras.find_spec", lambda name: None)
+    monkeypatch.setattr("eckart.support.extras.find_spec", lambda name: None)
     with pytest.raises(OptionError, match=r"eval with tasks needs lm_eval.*pip install 'eckart\[eval\]'"):
         make_run(["piqa"], None, None)

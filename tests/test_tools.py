@@ -12,9 +12,11 @@ import torch
 import transformers
 from mixed import mixed
 
-from eckart import adapters, checkpoint, hf
+from eckart.checkpoints import checkpoint
+from eckart.engines import adapters
 from eckart.errors import OptionError, UserError
-from eckart.linear import is_factorized, share_basis_
+from eckart.portable import hf
+from eckart.portable.linear import is_factorized, share_basis_
 
 AUTO = transformers.AutoModelForCausalLM
 Make = Callable[..., Any]

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from eckart.checks import gram_of, problem
-from eckart.discovery import discover
 from eckart.errors import OptionError
 from eckart.factorizers.two_sided import TwoSided
-from eckart.linear import weight_view
-from eckart.statistics import GroupStatistics, Need
-from eckart.sweep import sweep
+from eckart.model.discovery import discover
+from eckart.portable.linear import weight_view
+from eckart.statistics.sums import GroupStatistics, Need
+from eckart.statistics.sweep import sweep
 from eckart.testing import tiny_models
 from eckart.types import Group, Target
 

@@ -14,57 +14,59 @@ nor datasets. No module is named like a public function, which its import would 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from eckart.registration import register_when_imported
-
-__version__ = "0.1.0"
+from eckart.moved import HOME, forward
+from eckart.portable.registration import register_when_imported
+from eckart.version import __version__
 
 if TYPE_CHECKING:
-    from eckart.checkpoint import load, save
-    from eckart.comparison import compare
-    from eckart.compression import Calibration, Compression
-    from eckart.conversion import convert
-    from eckart.data import load_windows
-    from eckart.discovery import Layout, discover
+    from eckart.checkpoints.checkpoint import load, save
+    from eckart.checkpoints.conversion import convert
+    from eckart.engines.exporting import export
     from eckart.errors import EckartError, NumericalError, UserError
-    from eckart.exporting import export
+    from eckart.evaluation.measure import evaluate
     from eckart.inspection import inspect, methods
     from eckart.ledger import Ledger
-    from eckart.linear import FactorizedLinear
-    from eckart.measure import evaluate, perplexity
+    from eckart.measuring.perplexity import perplexity
+    from eckart.model.discovery import Layout, discover
+    from eckart.pages.comparison import compare
+    from eckart.pages.reporting import report
     from eckart.pipeline import compress, plan, spectra
-    from eckart.plans import Plan
+    from eckart.plans.plan import Plan
     from eckart.recipes import Recipe
-    from eckart.reporting import report
-    from eckart.speed import bench
+    from eckart.run import Compression
+    from eckart.storages.pair import FactorizedLinear
+    from eckart.text.calibration import Calibration
+    from eckart.text.data import load_windows
+    from eckart.timing.speed import bench
     from eckart.types import Budget
 
 _HOME = {
     "Budget": "types",
-    "Calibration": "compression",
-    "Compression": "compression",
+    "Calibration": "text.calibration",
+    "Compression": "run",
     "EckartError": "errors",
-    "FactorizedLinear": "linear",
-    "Layout": "discovery",
+    "FactorizedLinear": "storages.pair",
+    "Layout": "model.discovery",
     "Ledger": "ledger",
     "NumericalError": "errors",
-    "Plan": "plans",
+    "Plan": "plans.plan",
     "Recipe": "recipes",
     "UserError": "errors",
-    "bench": "speed",
-    "compare": "comparison",
+    "bench": "timing.speed",
+    "compare": "pages.comparison",
     "compress": "pipeline",
-    "convert": "conversion",
-    "discover": "discovery",
-    "evaluate": "measure",
-    "export": "exporting",
+    "convert": "checkpoints.conversion",
+    "discover": "model.discovery",
+    "evaluate": "evaluation.measure",
+    "export": "engines.exporting",
     "inspect": "inspection",
-    "load": "checkpoint",
-    "load_windows": "data",
+    "load": "checkpoints.checkpoint",
+    "load_windows": "text.data",
     "methods": "inspection",
-    "perplexity": "measure",
+    "perplexity": "measuring.perplexity",
     "plan": "pipeline",
-    "report": "reporting",
-    "save": "checkpoint",
+    "report": "pages.reporting",
+    "save": "checkpoints.checkpoint",
     "spectra": "pipeline",
 }
 
@@ -101,6 +103,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in HOME:  # `from eckart import checkpoint`
+        return importlib.import_module(f"eckart.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'eckart' has no attribute {name!r}")
     return getattr(importlib.import_module(f"eckart.{_HOME[name]}"), name)
@@ -111,3 +115,4 @@ def __dir__() -> list[str]:
 
 
 register_when_imported()
+forward()

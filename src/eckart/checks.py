@@ -13,14 +13,14 @@ import torch
 
 from eckart import ledger
 from eckart.allocators.base import Allocator
-from eckart.discovery import discover
 from eckart.errors import BudgetError
 from eckart.factorizers.base import Factorizer
-from eckart.factorizing import factorize_
-from eckart.linear import share_basis_, weight_view
-from eckart.plans import Plan
+from eckart.model.discovery import discover
+from eckart.model.factorise import factorize_
+from eckart.plans.plan import Plan
+from eckart.portable.linear import share_basis_, weight_view
 from eckart.refiners.base import Refinement, Refiner
-from eckart.statistics import Gram, GroupStatistics, Statistics
+from eckart.statistics.sums import Gram, GroupStatistics, Statistics
 from eckart.types import Budget, Entry, Group, Spectrum, Target
 
 Tensor = torch.Tensor
@@ -119,7 +119,8 @@ def problems_spectra() -> list[Spectrum]:
             steps = torch.rand(group.full_rank, generator=generator, dtype=torch.float64) * (0.1 + 0.2 * block)
             values = torch.exp(-steps.cumsum(0)) * (1 + block)
             measured = {share / 10: (block + 1) * ((10 / share) ** (1 + rows / 24) - 1) for share in range(1, 11)}
-            spectra.append(Spectrum(group, values, measured=measured, similarity=0.9 - 0.1 * block))
+            observed = {"sensitivity": measured, "similarity": 0.9 - 0.1 * block}
+            spectra.append(Spectrum(group, values, observed=observed))
     return spectra
 
 
@@ -148,7 +149,7 @@ def check_refiner(refiner: Refiner) -> None:
 
 def _refined(refiner: Refiner) -> list[Tensor]:
     """Refine a tiny model with a shared basis, a private one and a dense layer; its parameters."""
-    from eckart.hf import specs_of
+    from eckart.portable.hf import specs_of
     from eckart.testing import tiny_models, tiny_tokenizer
 
     model = next(iter(tiny_models().values()))()  # any with q_proj and k_proj in two blocks

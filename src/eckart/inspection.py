@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from eckart import checkpoint, recipes, registry
-from eckart.discovery import Layout, discover
+from eckart import recipes, registry
+from eckart.checkpoints import checkpoint
+from eckart.model.discovery import Layout, discover
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

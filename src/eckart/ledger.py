@@ -4,58 +4,68 @@ What is counted: the weights of the targets. A bias, an embedding, a norm or a h
 compressed and appears only in the totals of the whole model.
 """
 
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from math import floor
 
+from eckart import storages
 from eckart.errors import BudgetError, PlanError
-from eckart.types import Entry, Group
+from eckart.storages import Size, Storage
+from eckart.types import Budget, Entry, Group
 
-STORAGES = ("pair", "pivoted", "columns")
-INDEX_BYTES = 4  # of one entry of an index, int32
+
+def storage_of(group: Group, storage: str) -> Storage:
+    """The storage of a name. Raises `PlanError` that names the group for an unknown one."""
+    try:
+        return storages.find(storage)
+    except ValueError:
+        known = ", ".join(storages.names())
+        raise PlanError(f"{group.name}: storage {storage!r} is unknown. Known: {known}.") from None
+
+
+def size_of(group: Group, rank: int, kept: int | None = None) -> Size:
+    """What a storage is asked about; a number of kept columns that is still open counts as none."""
+    return Size(group.out_features, group.in_features, rank, kept or 0, len(group.targets))
+
+
+def admitted(group: Group, storage: str) -> str:
+    """The storage if a group can have it at low rank, else "pair": a group that shares its basis may not."""
+    return storage if storage_of(group, storage).refusal(size_of(group, 1)) is None else "pair"
 
 
 def parameters(group: Group, rank: int | None, storage: str = "pair", kept: int | None = None) -> int:
-    """Stored parameters of a group at a rank; `None` is dense.
-
-    A pair stores `rank * (in + sum of out)`: a basis shared by the group is counted once. Pivoted
-    storage spends `rank^2` less, exactly the degrees of freedom of a matrix of that rank. Storage
-    "columns" with `kept` columns stores `sum of out * kept + rank * (in + sum of out - kept)`, and no
-    more than the pair while their number is still open (`None`).
-    """
-    if rank is None:
-        return group.parameters
-    if storage == "columns" and kept:
-        return kept * group.out_features + rank * (group.in_features + group.out_features - kept)
-    if storage == "columns":
-        storage = "pair"
-    if storage == "pair":
-        return rank * (group.in_features + group.out_features)
-    if storage == "pivoted":
-        return rank * (group.in_features + group.out_features - rank)
-    raise PlanError(f"{group.name}: storage {storage!r} is unknown. Known: {', '.join(STORAGES)}.")
+    """Stored parameters of a group at a rank; `None` is dense. A basis shared by the group is counted once."""
+    return group.parameters if rank is None else storage_of(group, storage).parameters(size_of(group, rank, kept))
 
 
 def index_bytes(group: Group, rank: int | None, storage: str = "pair", kept: int | None = None) -> int:
-    """Bytes of the index arrays of a storage, which are not parameters.
-
-    Pivoted storage permutes the smaller side of the matrix: one int32 for each of its rows or columns.
-    A layer with preserved columns stores the order of its input columns, one int32 each.
-    """
-    if rank is not None and storage == "pivoted":
-        return INDEX_BYTES * group.full_rank
-    if rank is None or storage != "columns" or not kept:
-        return 0
-    return INDEX_BYTES * group.in_features * len(group.targets)
+    """Bytes of the index arrays of a storage, which are not parameters."""
+    return 0 if rank is None else storage_of(group, storage).index_bytes(size_of(group, rank, kept))
 
 
 def largest_rank(group: Group, allowance: Fraction | int, storage: str = "pair") -> int:
     """Largest rank whose parameters fit in `allowance`; may be 0, and of a pair may exceed the full rank."""
-    if storage != "pivoted":
-        return floor(Fraction(allowance) / parameters(group, 1, storage))
-    return bisect_right(range(1, group.full_rank + 1), allowance, key=lambda rank: parameters(group, rank, storage))
+    return storage_of(group, storage).largest_rank(group.out_features, group.in_features, allowance)
+
+
+def rank_for(group: Group, keep: float, budget: Budget) -> int | None:
+    """The rank that keeps at most the share `keep` of a group's parameters in the budget's storage, in its steps.
+
+    At least 1, or the smallest step where that is below it; at most the full rank. `None`, dense, for a share of 1
+    and where the storage is not for a rank so high, since it then costs as much as the weight.
+    """
+    if keep >= 1:
+        return None
+    storage = admitted(group, budget.storage)
+    rank = rounded(largest_rank(group, share(keep) * group.parameters, storage), group, budget.rank_multiple)
+    return None if storage_of(group, storage).refusal(size_of(group, rank)) else rank
+
+
+def rounded(rank: int, group: Group, multiple: int) -> int:
+    """A rank down to a multiple; below the first multiple any rank is allowed, but 0. At most the full rank."""
+    rank = min(rank, group.full_rank)
+    return max(1, rank // multiple * multiple or rank)
 
 
 def share(keep: float) -> Fraction:
@@ -68,13 +78,14 @@ def allowed_parameters(groups: Sequence[Group], keep: float) -> int:
     return floor(share(keep) * sum(group.parameters for group in groups))
 
 
-def check_reachable(groups: Sequence[Group], keep: float, rank_multiple: int = 1) -> None:
+def check_reachable(groups: Sequence[Group], keep: float, rank_multiple: int = 1, storage: str = "pair") -> None:
     """Raise `BudgetError` unless `0 < keep <= 1` and every group can have its smallest rank."""
     if not 0 < keep <= 1:
         raise BudgetError(
             f"keep is {keep:g}, but it is the share of parameters kept and must lie in (0, 1]; 0.8 keeps 80 %."
         )
-    smallest = sum(min(parameters(group, min(rank_multiple, group.full_rank)), group.parameters) for group in groups)
+    steps = ((g, parameters(g, min(rank_multiple, g.full_rank), admitted(g, storage))) for g in groups)
+    smallest = sum(min(cost, group.parameters) for group, cost in steps)
     total = sum(group.parameters for group in groups)
     if smallest > allowed_parameters(groups, keep):
         raise BudgetError(
@@ -115,10 +126,17 @@ def make_ledger(groups: Iterable[Group], entries: Iterable[Entry], model_paramet
     """
     by_name, entries = {group.name: group for group in groups}, list(entries)
     dense = sum(group.parameters for group in by_name.values())
-    kept = sum(parameters(by_name[e.name], e.rank, e.storage, e.kept) for e in entries)
-    index = sum(index_bytes(by_name[e.name], e.rank, e.storage, e.kept) for e in entries)
+    kept = stored = 0
+    for e in entries:
+        group = by_name[e.name]
+        kept += parameters(group, e.rank, e.storage, e.kept)
+        if e.rank is None:
+            stored += group.parameters * bytes_each
+        else:
+            stored += storage_of(group, e.storage).bytes(size_of(group, e.rank, e.kept), bytes_each)
     whole = model_parameters - dense + kept
-    return Ledger(dense, kept, model_parameters, whole, model_parameters * bytes_each, whole * bytes_each + index)
+    rest = (model_parameters - dense) * bytes_each
+    return Ledger(dense, kept, model_parameters, whole, model_parameters * bytes_each, rest + stored)
 
 
 def assert_within(ledger: Ledger, keep: float) -> None:

@@ -18,8 +18,10 @@ Computed in float64.
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 Tensor = torch.Tensor
 
@@ -112,52 +114,69 @@ class Decomposition:
     """A weight decomposed once in a metric, to be cut at any rank.
 
     `weight` is `[out, in]` and is kept by reference. `values` holds all `min(out, in)` singular
-    values of `L^T W R`, falling.
+    values of `L^T W R`, falling. Of the metric only what a cut needs is kept, in two matrices of the smaller side:
+    a cut is a projection of the weight from there. With `U` the vectors of the eigenproblem, the left form has
+    `Ŵ = Y_r Z_r^T W` with `Y = L^-T U` and `Z = L U`; the right form is its mirror image, `Ŵ = W Z_r Y_r^T` with
+    `Y = R^-T V` and `Z = R V`. Where that side of the metric is the identity, both are `U` and held once.
     """
 
     def __init__(self, weight: Tensor, metric: Metric) -> None:
         self.weight = weight
-        self.metric = metric
         out, inner = weight.shape
         self.is_left_form = metric.right is None or (metric.left is not None and out <= inner)
-        squares, vectors = torch.linalg.eigh(self._eigenproblem())
-        self.vectors = vectors.flip(1)  # [out, out] or [in, in], by falling singular value
+        squares, vectors = torch.linalg.eigh(_eigenproblem(weight, metric, self.is_left_form))
+        vectors = vectors.flip(1)  # by falling singular value
         self.values = squares.flip(0).clamp(min=0).sqrt()[: min(out, inner)]
-        if self.is_left_form and metric.left is IDENTITY and weight.dtype != torch.float64:
-            # Orthonormal factors do not amplify rounding, so float32 is enough for them.
-            self.vectors = self.vectors.float()
+        side = metric.left if self.is_left_form else metric.right
+        assert side is not None
+        self.is_orthonormal = side is IDENTITY
+        self.has_plain_outputs = metric.left is IDENTITY
+        self._held: tuple[Tensor, ...] | Path = (vectors,)
+        if not self.is_orthonormal:
+            self._held = (side.times_root_inverse(vectors.T).T, side.times_root_transposed(vectors.T).T)
 
-    def _eigenproblem(self) -> Tensor:
-        left, right = self.metric.left, self.metric.right
-        if self.is_left_form:
-            assert left is not None
-            outer = self.metric.outer if right is None else right.sandwich(self.weight)
-            assert outer is not None
-            return _symmetric(left.times_root(left.times_root(outer.double()).T))
-        assert right is not None
-        inner = self.metric.inner if left is None else left.sandwich(self.weight.T)
-        assert inner is not None
-        return _symmetric(right.times_root(right.times_root(inner.double()).T))
+    @property
+    def projections(self) -> tuple[Tensor, Tensor]:
+        """`(Y, Z)`, each of the smaller side's size squared."""
+        if isinstance(self._held, Path):
+            stored = load_file(self._held)
+            held = tuple(stored[str(i)].to(self.weight.device) for i in range(len(stored)))
+        else:
+            held = self._held
+        return held[0], held[-1]
+
+    def close(self) -> None:
+        """Keep what cuts need in the weight's own precision (float32 at least), which is half of the memory.
+
+        Cuts are rounded to that precision in the end; predictions from `tails_in` are made before.
+        """
+        assert not isinstance(self._held, Path)
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        self._held = tuple(matrix.to(dtype) for matrix in self._held)
+
+    def spill(self, path: Path) -> None:
+        """Move them to a file, from where each cut reads them back."""
+        assert not isinstance(self._held, Path)
+        save_file({str(i): matrix.cpu().contiguous() for i, matrix in enumerate(self._held)}, path)
+        self._held = path
 
     def tails_in(self, metric: Metric) -> Tensor:
         """Squared errors in *another* metric of the cuts made in this one, at every rank from 0 to full, float64.
 
         `metric` must know the weight from the same side as this decomposition, and no more: the smaller side
-        is enough, because a cut is a projection of the weight from there. With t for the vectors that a cut
-        leaves out, the left form has `W - Ŵ = Y_t Z_t^T W` with `Y = L^-T U`, `Z = L U`, and so the error
-        `tr(G' (W - Ŵ) H' (W - Ŵ)^T) = sum_ij (Y_t^T G' Y_t)_ij (Z_t^T W H' W^T Z_t)_ij`. The right form is its
-        mirror image: `W - Ŵ = W Z_t Y_t^T` with `Y = R^-T V`, `Z = R V`, and `H'` and `W^T G' W`.
+        is enough. With t for the vectors that a cut leaves out, the left form has `W - Ŵ = Y_t Z_t^T W`, and so the
+        error `tr(G' (W - Ŵ) H' (W - Ŵ)^T) = sum_ij (Y_t^T G' Y_t)_ij (Z_t^T W H' W^T Z_t)_ij`. The right form is its
+        mirror image, with `H'` and `W^T G' W`.
         """
         if self.is_left_form:
-            own, side = self.metric.left, metric.left
+            side = metric.left
             pulled = metric.outer if metric.right is None else metric.right.sandwich(self.weight)
         else:
-            own, side = self.metric.right, metric.right
+            side = metric.right
             pulled = metric.inner if metric.left is None else metric.left.sandwich(self.weight.T)
-        assert own is not None
         assert side is not None
         assert pulled is not None
-        y, z = own.times_root_inverse(self.vectors.T), own.times_root_transposed(self.vectors.T)  # transposed
+        y, z = (matrix.T.double() for matrix in self.projections)
         terms = side.sandwich(y) * (z @ pulled @ z.T)
         tails = terms.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)  # sums over the trailing squares
         return torch.cat([tails, tails.new_zeros(1)])[: len(self.values) + 1]
@@ -168,24 +187,35 @@ class Decomposition:
         The columns of `coefficients` are orthonormal, so that rounding the factors to a narrow
         dtype adds no more error than rounding the weight.
         """
-        vectors = self.vectors[:, :rank]
-        if self.is_left_form and self.metric.left is IDENTITY:
-            weight = self.weight.to(vectors.dtype)
-            return (vectors.T @ weight).to(self.weight.dtype), vectors.to(self.weight.dtype)
+        dtype = self.weight.dtype
+        y, z = (matrix[:, :rank] for matrix in self.projections)
+        if self.is_left_form and self.is_orthonormal:  # orthonormal factors do not amplify rounding
+            exact = torch.promote_types(dtype, torch.float32)
+            return (z.to(exact).T @ self.weight.to(exact)).to(dtype), y.to(dtype)
+        y, z, weight = y.double(), z.double(), self.weight.double()
         if self.is_left_form:
-            assert self.metric.left is not None
-            coefficients = self.metric.left.times_root_inverse(vectors.T).T  # L^-T U
-            basis = (self.metric.left.times_root(self.weight.T) @ vectors).T  # U^T L^T W
+            coefficients, basis = y, z.T @ weight
         else:
-            assert self.metric.right is not None
-            basis = self.metric.right.times_root_inverse(vectors.T)
-            coefficients = self.weight.double() @ self.metric.right.times_root_transposed(vectors.T).T
-            if self.metric.left is IDENTITY:  # U S already, up to rounding: only its columns' lengths are left to share
+            coefficients, basis = weight @ z, y.T
+            if self.has_plain_outputs:  # U S already, up to rounding: only its columns' lengths are left to share
                 lengths = coefficients.norm(dim=0).clamp(min=torch.finfo(coefficients.dtype).tiny)
-                factors = basis * lengths[:, None], coefficients / lengths
-                return factors[0].to(self.weight.dtype), factors[1].to(self.weight.dtype)
+                return (basis * lengths[:, None]).to(dtype), (coefficients / lengths).to(dtype)
         coefficients, triangle = torch.linalg.qr(coefficients)
-        return (triangle @ basis).to(self.weight.dtype), coefficients.to(self.weight.dtype)
+        return (triangle @ basis).to(dtype), coefficients.to(dtype)
+
+
+def _eigenproblem(weight: Tensor, metric: Metric, is_left_form: bool) -> Tensor:
+    """The symmetric matrix whose eigenvalues are the squared singular values of `L^T W R`, of the form's side."""
+    left, right = metric.left, metric.right
+    if is_left_form:
+        assert left is not None
+        outer = metric.outer if right is None else right.sandwich(weight)
+        assert outer is not None
+        return _symmetric(left.times_root(left.times_root(outer.double()).T))
+    assert right is not None
+    inner = metric.inner if left is None else left.sandwich(weight.T)
+    assert inner is not None
+    return _symmetric(right.times_root(right.times_root(inner.double()).T))
 
 
 def _symmetric(matrix: Tensor) -> Tensor:

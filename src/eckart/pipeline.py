@@ -1,25 +1,27 @@
 """The public verbs of the pipeline: compress a model, plan a compression, look at the spectra."""
 
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from eckart import files
-from eckart.compression import Calibration, Compression
-from eckart.goals import Goal
-from eckart.plans import Plan
-from eckart.progress import Progress, silent
-from eckart.provenance import compress_command
+from eckart import recipes
+from eckart.checkpoints.provenance import compress_command
+from eckart.planning.goals import Goal
+from eckart.planning.loaded import Text, load
+from eckart.planning.planner import decompose_for, make_plan, take_plan
+from eckart.plans.plan import Plan
+from eckart.progress import Progress, Stages, silent
 from eckart.recipes import Recipe
-from eckart.run import Run
+from eckart.run import Compression, carry_out
+from eckart.support import files
+from eckart.text.calibration import Calibration
 from eckart.types import Spectrum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Tensor = torch.Tensor
 
 
 def compress(
@@ -30,6 +32,7 @@ def compress(
     size: int | str | None = None,
     max_kl: float | None = None,
     rank_multiple: int = 1,
+    storage: str | None = None,
     options: Mapping[str, Any] | None = None,
     plan: Plan | str | Path | None = None,
     calibration: Calibration | None = None,
@@ -50,7 +53,8 @@ def compress(
     `size` the most that the weight files may take, in bytes or as "80MB"; `max_kl` the most that the
     predictions may differ from the dense model's, in nats per token, as predicted by recipes that can.
     `plan` replays a saved plan instead of allocating. `on_plan` is called with the plan and what it
-    reaches before a weight is touched. `options` overrides recipe options (`{"factorizer.damping": 1e-4}`).
+    reaches before a weight is touched. `storage` is how factors are stored, in place of the recipe's choice (pair,
+    pivoted), `options` overrides recipe options (`{"factorizer.damping": 1e-4}`).
     `dtype` is the stored one ("auto": the checkpoint's own); half precision is computed in float32 on a CPU.
     `work` is a folder in which long steps keep what they have finished: the same call resumes there.
     Measured curves are kept in the user's cache without it.
@@ -60,30 +64,40 @@ def compress(
     goal = Goal.of(keep, size, max_kl)
     if out is not None:
         files.check_new_folder(Path(out))  # before any work
-    run = Run(model, recipe, options, calibration, tokenizer, include, exclude, device, dtype, work, progress)
-    made = run.make_plan(goal, rank_multiple) if plan is None else run.take_plan(plan)
-    if on_plan is not None:
-        on_plan(made)
+    made_by = find_recipe(recipe, options, storage)
+    stages, folder = Stages(progress), None if work is None else Path(work)
+    loaded = load(model, tokenizer, include=include, exclude=exclude, device=device, dtype=dtype, stages=stages)
+    text = Text(calibration or Calibration(), loaded, stages)
+    with _spill(folder) as spill:
+        if plan is None:
+            planned = make_plan(
+                loaded, text, made_by, goal, rank_multiple=rank_multiple, work=folder, spill=spill, stages=stages
+            )
+        else:
+            given = plan if isinstance(plan, Plan) else Plan.load(plan)
+            planned = take_plan(loaded, text, made_by, given, spill=spill, stages=stages)
+        if on_plan is not None:
+            on_plan(planned.plan)
+        if out is not None:
+            files.check_space(Path(out), loaded.ledger(planned.plan).model_bytes_kept)
+        asked = {**goal.to_dict(), **({"rank_multiple": rank_multiple} if rank_multiple > 1 else {})}
+        command = partial(
+            compress_command,
+            loaded.source,
+            recipe=recipe.name if isinstance(recipe, Recipe) else recipe,
+            goal=asked if plan is None else {"plan": "plan.json" if isinstance(plan, Plan) else plan},
+            storage=storage,
+            options=options or {},
+            include=include,
+            exclude=exclude,
+            device=device,
+            dtype=dtype,
+        )
+        made = carry_out(loaded, text, made_by, planned, work=folder, stages=stages, command=command)
     if out is not None:
-        files.check_space(Path(out), run.ledger(made).model_bytes_kept)
-    run.carry_out(made)
-    asked = {**goal.to_dict(), **({"rank_multiple": rank_multiple} if rank_multiple > 1 else {})}
-    command = compress_command(
-        run.source,
-        recipe=recipe.name if isinstance(recipe, Recipe) else recipe,
-        goal=asked if plan is None else {"plan": "plan.json" if isinstance(plan, Plan) else plan},
-        calibration=run.calibration if run.windows is not None else None,
-        options=options or {},
-        include=include,
-        exclude=exclude,
-        device=device,
-        dtype=dtype,
-    )
-    result = run.result(made, command)
-    if out is not None:
-        with run.timed("save"):
-            result.save(out)
-    return result
+        with stages("save", counts=True):
+            made.save(out)
+    return made
 
 
 def plan(
@@ -94,6 +108,7 @@ def plan(
     size: int | str | None = None,
     max_kl: float | None = None,
     rank_multiple: int = 1,
+    storage: str | None = None,
     options: Mapping[str, Any] | None = None,
     calibration: Calibration | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
@@ -105,9 +120,15 @@ def plan(
     progress: Progress = silent,
 ) -> Plan:
     """The plan that `compress` with the same arguments would carry out; no weight is touched."""
-    goal = Goal.of(keep, size, max_kl)
-    run = Run(model, recipe, options, calibration, tokenizer, include, exclude, device, dtype, work, progress)
-    return run.make_plan(goal, rank_multiple)
+    goal, stages, folder = Goal.of(keep, size, max_kl), Stages(progress), None if work is None else Path(work)
+    made_by = find_recipe(recipe, options, storage)
+    loaded = load(model, tokenizer, include=include, exclude=exclude, device=device, dtype=dtype, stages=stages)
+    text = Text(calibration or Calibration(), loaded, stages)
+    with _spill(folder) as spill:
+        planned = make_plan(
+            loaded, text, made_by, goal, rank_multiple=rank_multiple, work=folder, spill=spill, stages=stages
+        )
+    return planned.plan
 
 
 def spectra(
@@ -124,5 +145,31 @@ def spectra(
     progress: Progress = silent,
 ) -> list[Spectrum]:
     """The spectrum of every group in the metric of the recipe, before any rank is chosen; no weight is touched."""
-    run = Run(model, recipe, options, calibration, tokenizer, include, exclude, device, dtype, None, progress)
-    return run.spectra(run.recipe.make_grouping().groups(run.layout.targets))
+    stages, made_by = Stages(progress), find_recipe(recipe, options)
+    loaded = load(model, tokenizer, include=include, exclude=exclude, device=device, dtype=dtype, stages=stages)
+    groups = made_by.make_grouping().groups(loaded.layout.targets)
+    text = Text(calibration or Calibration(), loaded, stages)
+    return decompose_for(loaded, text, made_by, groups, stages=stages).spectra
+
+
+def find_recipe(recipe: str | Recipe, options: Mapping[str, Any] | None = None, storage: str | None = None) -> Recipe:
+    """The recipe of a name or a file with options overridden, or the one that is given as it is."""
+    chosen = {} if storage is None else {"storage": storage}
+    if isinstance(recipe, Recipe):
+        return recipes.override(recipe, chosen)
+    return recipes.find(recipe, {**(options or {}), **chosen})
+
+
+@contextmanager
+def _spill(work: Path | None) -> Iterator[Path | None]:
+    """A folder inside the work folder for decompositions, which memory need not hold then; it vanishes with the run."""
+    if work is None:
+        yield None
+        return
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix="decompositions-", dir=work)
+    except OSError as error:
+        raise files.output_error(work, error) from None
+    with scratch as folder:
+        yield Path(folder)

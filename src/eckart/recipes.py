@@ -1,6 +1,6 @@
 """Recipes: small named compositions of parts: grouping, factorizer, allocator, refiners. A few lines of data each.
 
-A user's own recipe is a TOML file with the same keys:
+A user's own recipe is a TOML file with the same keys (and, above the tables, `storage = "pivoted"` if it is not pairs):
 
     [factorizer]
     name = "svd_llm"
@@ -23,11 +23,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from eckart import registry
+from eckart import registry, storages
 from eckart.allocators.base import Allocator
 from eckart.errors import OptionError
 from eckart.factorizers.base import Factorizer
-from eckart.grouping import Grouping
+from eckart.plans.grouping import Grouping
 from eckart.refiners.base import Refiner
 
 PARTS = ("factorizer", "allocator", "grouping", "refiners")
@@ -37,7 +37,8 @@ PARTS = ("factorizer", "allocator", "grouping", "refiners")
 class Recipe:
     """Which parts, with which options. Options that are not named have the part's defaults.
 
-    `options` maps "factorizer", "allocator", "grouping" and the name of each refiner to its options.
+    `options` maps "factorizer", "allocator", "grouping" and the name of each refiner to its options. `storage` is how
+    factors are stored in the end, where a group can have it; it prices ranks for every allocator.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Recipe:
     refiners: tuple[str, ...] = ()
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     about: str = ""
+    storage: str = "pair"
 
     def make_factorizer(self) -> Factorizer:
         """Build the factorizer; raises `OptionError` for an unknown name or option."""
@@ -73,6 +75,7 @@ class Recipe:
             "allocator": describe(self.allocator, self.make_allocator()),
             "grouping": registry.options_of(self.make_grouping()),
             "refiners": [describe(n, r) for n, r in zip(self.refiners, self.make_refiners(), strict=True)],
+            "storage": self.storage,
         }
 
 
@@ -87,7 +90,8 @@ BUILT_IN = {
             "eckart",
             "two_sided",
             "water_level",
-            options={"allocator": {"storage": "pivoted", "correction": "full"}},
+            options={"allocator": {"correction": "full"}},
+            storage="pivoted",
             about="Fisher metric, one water level over the model, pivoted storage; predicts and measures its loss",
         ),
         Recipe(
@@ -96,7 +100,7 @@ BUILT_IN = {
             "water_level",
             refiners=("block_collaborative", "recover"),
             options={
-                "allocator": {"storage": "pivoted", "correction": "full"},
+                "allocator": {"correction": "full"},
                 "block_collaborative": {
                     "start": "found",
                     "form": "free",
@@ -106,6 +110,7 @@ BUILT_IN = {
                 },
                 "recover": {"epochs": 4},
             },
+            storage="pivoted",
             about="eckart, then blocks refined in the residual stream's metric, then recovery; minutes more",
         ),
         Recipe(
@@ -154,12 +159,17 @@ def find(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """A built-in recipe or a TOML file, with options overridden.
 
     `overrides` maps `part.option` to a value: `{"factorizer.damping": 1e-4, "allocator": "uniform"}`.
-    Raises `OptionError` for an unknown recipe, part or option.
+    `storage` is a part without options. Raises `OptionError` for an unknown recipe, part or option.
     """
     recipe = read_file(Path(name)) if name.endswith(".toml") else BUILT_IN.get(name)
     if recipe is None:
         raise OptionError(registry.unknown("recipe", name, sorted(BUILT_IN)))
-    for key, value in (overrides or {}).items():
+    return override(recipe, overrides or {})
+
+
+def override(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
+    """A recipe with options overridden as in `find`."""
+    for key, value in overrides.items():
         recipe = _override(recipe, key, value)
     recipe.to_dict()  # builds every part, so that a wrong option is reported before any work
     return recipe
@@ -167,7 +177,9 @@ def find(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
 
 def _override(recipe: Recipe, key: str, value: Any) -> Recipe:
     part, _, option = key.partition(".")
-    known = ["factorizer", "allocator", "grouping", *(recipe.refiners if option else ["refiners"])]
+    if key in ("storage", "allocator.storage"):  # the latter is how it was asked for up to 0.1
+        return replace(recipe, storage=checked_storage(str(value)))
+    known = ["factorizer", "allocator", "grouping", *(recipe.refiners if option else ["refiners", "storage"])]
     if part not in known or key == "grouping":
         raise OptionError(registry.unknown("part of a recipe", part, known))
     if key == "refiners":
@@ -177,6 +189,14 @@ def _override(recipe: Recipe, key: str, value: Any) -> Recipe:
         recipe = replace(recipe, options=kept)
         return replace(recipe, factorizer=str(value)) if part == "factorizer" else replace(recipe, allocator=str(value))
     return replace(recipe, options={**recipe.options, part: {**recipe.options.get(part, {}), option: value}})
+
+
+def checked_storage(name: str) -> str:
+    """The name of a storage that a plan may ask for. Raises `OptionError` for any other."""
+    possible = [storage.name for storage in storages.known() if storage.from_plain_pairs]
+    if name not in possible:
+        raise OptionError(registry.unknown("storage", name, possible))
+    return name
 
 
 def _names(value: Any) -> tuple[str, ...]:
@@ -193,19 +213,21 @@ def read_file(path: Path) -> Recipe:
         raise OptionError(f"{path}: no such recipe file.") from None
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise OptionError(f"{path}: cannot be read as a recipe: {error}.") from None
-    if "factorizer" not in data or set(data) - {*PARTS, "about"}:
+    if "factorizer" not in data or set(data) - {*PARTS, "about", "storage"}:
         raise OptionError(
-            f"{path}: a recipe has the table [factorizer], and may have [allocator], [grouping], [[refiners]] "
-            "and 'about'."
+            f"{path}: a recipe has the table [factorizer], and may have [allocator], [grouping], [[refiners]], "
+            "'storage' and 'about'."
         )
     options = {part: dict(data.get(part, {})) for part in ("factorizer", "allocator", "grouping")}
+    storage = checked_storage(str(data.get("storage", options["allocator"].pop("storage", "pair"))))
     names = {part: str(options[part].pop("name", "uniform")) for part in ("factorizer", "allocator")}
     refiners = [dict(table) for table in data.get("refiners", ())]
     order = _names([table.pop("name", "") for table in refiners])
     if len(order) != len(refiners):
         raise OptionError(f"{path}: each [[refiners]] table needs a name.")
     options |= dict(zip(order, refiners, strict=True))
-    return Recipe(path.stem, names["factorizer"], names["allocator"], order, options, str(data.get("about", "")))
+    about = str(data.get("about", ""))
+    return Recipe(path.stem, names["factorizer"], names["allocator"], order, options, about, storage)
 
 
 def describe(name: str, method: Factorizer | Allocator | Refiner) -> dict[str, Any]:

@@ -20,7 +20,7 @@ KINDS = ("factorizers", "allocators", "refiners")
 def names(kind: str) -> list[str]:
     """Names of the methods of a kind, sorted."""
     folder = Path(__file__).parent / kind
-    return sorted(f.stem for f in folder.glob("*.py") if f.stem not in ("__init__", "base"))
+    return sorted(f.stem for f in folder.glob("*.py") if f.stem != "base" and not f.stem.startswith("_"))
 
 
 def get(kind: str, name: str) -> type:

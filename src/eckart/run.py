@@ -1,37 +1,28 @@
-"""One run of the pipeline: the stages, and what they hand to each other."""
+"""Carry out a plan: cut, put the factors in the place of weights, refine, store, measure; and what comes out."""
 
 import logging
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from eckart import checkpoint, data, dtypes, ledger, recipes
-from eckart.compression import Calibration, Compression
-from eckart.decomposing import decompose, drift_of
-from eckart.density import summary
-from eckart.discovery import check_finite, discover
-from eckart.errors import OptionError
-from eckart.factorizers.base import GroupDecomposition
-from eckart.factorizing import factorize_group_
-from eckart.goals import Goal
-from eckart.held_out import WINDOWS as SPARE
-from eckart.held_out import HeldOut
+from eckart.checkpoints import checkpoint
+from eckart.checkpoints.provenance import make_provenance
 from eckart.ledger import Ledger
-from eckart.linear import weight_view
-from eckart.planning import Planner
+from eckart.model.discovery import Layout
+from eckart.model.factorise import store_
+from eckart.model.operators import operator
+from eckart.planning.loaded import Loaded, Text
+from eckart.planning.planner import Planned
 from eckart.plans import Plan, resolve
-from eckart.progress import Progress, track
-from eckart.provenance import make_provenance
+from eckart.portable.linear import swap_
+from eckart.progress import Stages, track
 from eckart.recipes import Recipe
-from eckart.refiners.base import Refinement
-from eckart.storage import store_
-from eckart.types import Entry, Group, Spectrum
+from eckart.refiners.base import Refinement, Refiner
+from eckart.support import dtypes
+from eckart.types import Entry, Group
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,191 +31,130 @@ Tensor = torch.Tensor
 log = logging.getLogger(__name__)
 
 
-class Run:
-    """One run of the pipeline: what its stages hand to each other."""
+@dataclass
+class Compression:
+    """What a run made. `seconds` holds the wall time of each stage; it is not saved with the model.
 
-    def __init__(
-        self,
-        model: "str | PreTrainedModel",
-        recipe: str | Recipe,
-        options: Mapping[str, Any] | None,
-        calibration: Calibration | None,
-        tokenizer: "PreTrainedTokenizerBase | None",
-        include: Sequence[str],
-        exclude: Sequence[str],
-        device: str,
-        dtype: str,
-        work: str | Path | None,
-        progress: Progress,
-    ) -> None:
-        self.work = None if work is None else Path(work)
-        self.seconds: dict[str, float] = {}
-        self.progress = progress
-        self.recipe = recipe if isinstance(recipe, Recipe) else recipes.find(recipe, options)
-        self.factorizer = self.recipe.make_factorizer()
-        self.calibration = calibration or Calibration()
-        self.source = model if isinstance(model, str) else None
-        with self.timed("load"):
-            if isinstance(model, str):
-                self.model = checkpoint.load_model(model, device=device)
-                self.tokenizer = tokenizer or checkpoint.load_tokenizer(model)
-            else:
-                self.model = model
-                if tokenizer is None:
-                    raise OptionError("a model in memory comes without its tokenizer; pass tokenizer=...")
-                self.tokenizer = tokenizer
-            self.stored_dtype = dtypes.named(dtype) or self.model.dtype
-            dtypes.cast_(self.model, dtypes.compute_dtype(self.stored_dtype, self.model.device))
-            self.model.eval()
-        self.layout = discover(self.model, include, exclude)
-        log.info("%s: %d targets in %s", type(self.model).__name__, len(self.layout.targets), self.layout.blocks)
-        check_finite(self.model, self.layout.targets)
-        self.windows: data.Windows | None = None
-        self.held_out: HeldOut | None = None
-        self.measured_kl: float | None = None
-        self.decompositions: dict[str, GroupDecomposition] = {}
-        self.drift: dict[str, Any] = {}
-        self.summaries: list[dict[str, Any]] = []
-        self.notes: list[dict[str, Any]] = []
+    `spectra` holds a `plans.figures.summary` of every group that was decomposed.
+    """
 
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        if stage in ("load", "save"):  # the others count steps of their own
-            self.progress(stage, 0, 1)
-        yield
-        if stage in ("load", "save"):
-            self.progress(stage, 1, 1)
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-        log.info("%s: %.1f s", stage, self.seconds[stage])
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    layout: Layout
+    plan: Plan
+    ledger: Ledger
+    provenance: dict[str, Any]
+    seconds: dict[str, float] = field(default_factory=dict)
+    spectra: list[dict[str, Any]] = field(default_factory=list)
 
-    def make_plan(self, goal: Goal, rank_multiple: int) -> Plan:
-        """Decompose everything, then plan what meets the goal."""
-        groups = self.recipe.make_grouping().groups(self.layout.targets)
-        if goal.keep is not None:
-            ledger.check_reachable(groups, goal.keep, rank_multiple)
-        self.decompose(groups)
-        return Planner(self, groups, goal, rank_multiple).plan()
+    def save(self, folder: str | Path) -> None:
+        """Write the checkpoint; raises `OutputError` and leaves nothing behind if it cannot."""
+        parts = {"tokenizer": self.tokenizer, "plan": self.plan, "provenance": self.provenance}
+        checkpoint.save(self.model, folder, **parts, spectra=self.spectra)
 
-    def predicts(self) -> bool:
-        """Whether the metric predicts the loss; if so, remember what the dense model says on a few windows."""
-        known = all(made.spectrum.nats is not None for made in self.decompositions.values())
-        if known and self.held_out is None and self.windows is not None:
-            self.held_out = HeldOut.of(self.model, self.layout, self.windows)
-        return known and self.held_out is not None
 
-    def put(self, model: nn.Module, group: Group, entry: Entry) -> None:
-        """Put the factors of one group at the entry's rank into a model, in place."""
-        factorize_group_(model, group, entry, self.decompositions[group.name])
+def carry_out(
+    loaded: Loaded,
+    text: Text,
+    recipe: Recipe,
+    planned: Planned,
+    *,
+    work: Path | None,
+    stages: Stages,
+    command: Callable[..., str],
+) -> Compression:
+    """Carry out a plan on a model, in place; decompositions are dropped as they are cut.
 
-    def spectra(self, groups: Sequence[Group]) -> list[Spectrum]:
-        """Decompose the groups; their spectra in the same order."""
-        self.decompose(groups)
-        return [self.decompositions[group.name].spectrum for group in groups]
-
-    def take_plan(self, plan: Plan | str | Path) -> Plan:
-        """Check a saved plan against the model and decompose what it factorises."""
-        given = plan if isinstance(plan, Plan) else Plan.load(plan)
-        groups, entries = resolve(given, self.layout.targets)
-        self.decompose([g for g, e in zip(groups, entries, strict=True) if e.rank is not None])
-        self.predicts()
-        settled = Plan(tuple(self.settle(entries)), given.asked, {}, given.made_by)
-        return replace(settled, reached=self.ledger(settled).to_dict())
-
-    def settle(self, entries: Sequence[Entry]) -> list[Entry]:
-        """Let the decompositions decide what the allocator left to them (preserved columns)."""
-        return [e if e.rank is None else self.decompositions[e.name].settle(e) for e in entries]
-
-    def ledger(self, plan: Plan) -> Ledger:
-        groups, entries = resolve(plan, self.layout.targets)
-        return ledger.make_ledger(groups, entries, self.layout.parameters, self.stored_dtype.itemsize)
-
-    def decompose(self, groups: Sequence[Group]) -> None:
-        """Decompose the groups, unless they are: one calibration serves every plan."""
-        if groups and all(self._known(group) for group in groups):
-            return
-        ids = self.token_windows() if self.factorizer.needs and groups else None
-        with self.timed("calibrate and decompose"):
-            self.decompositions = decompose(
-                self.model, self.layout, groups, self.factorizer, ids, progress=self.progress
-            )
-            self.drift = drift_of(self.decompositions)
-            self.summaries = [summary(made.spectrum) for made in self.decompositions.values()]
-
-    def _known(self, group: Group) -> bool:
-        return group.name in self.decompositions and self.decompositions[group.name].group == group
-
-    def token_windows(self) -> Tensor:
-        """The calibration windows, read once; `[windows, length]` token ids on the model's device."""
-        if self.windows is None:
-            with self.timed("data"):
-                spec = asdict(self.calibration)
-                self.windows = data.load_windows(
-                    spec.pop("data"), self.tokenizer, model=self.model, spare=SPARE, **spec
-                )
-                data.check_length(self.windows, self.model)
-                log.info("calibration: %s", self.windows.recipe)
-        return self.windows.ids.to(self.model.device)
-
-    def carry_out(self, plan: Plan) -> None:
-        """Cut every decomposition at its rank, put the factors in the model, in place, and refine them."""
-        from eckart import hf  # imports transformers
-
-        groups, entries = resolve(plan, self.layout.targets)
-        keep = self.ledger(plan).keep
-        refiners = [refiner for refiner in self.recipe.make_refiners() if refiner.applies(keep)]
+    `command(calibration=...)` is the line that does it again, given the text if any was read.
+    """
+    groups, entries = resolve(planned.plan, loaded.layout.targets)
+    book = loaded.ledger(planned.plan)
+    refiners = [refiner for refiner in recipe.make_refiners() if refiner.applies(book.keep)]
+    dense: dict[str, Tensor] = {}
+    if refiners:
         # Refiners see the dense weights: one more copy of the targets in memory, but only if one runs.
-        factorised = [name for e in entries if e.rank is not None for name in e.targets] if refiners else []
-        dense = {name: weight_view(self.model.get_submodule(name)) for name in factorised}
-        ids = self.token_windows() if refiners else None  # now: the dense model may be the author of the text
-        with self.timed("factorise"):
-            work = list(zip(groups, entries, strict=True))
-            for group, entry in track(work, "factorise", len(work), self.progress):
-                log.debug("%s: rank %s of %d, %s", group.name, entry.rank, group.full_rank, entry.storage)
-                if entry.rank is not None:
-                    factorize_group_(self.model, group, entry, self.decompositions.pop(group.name))
-        for refiner in refiners:
-            assert ids is not None
-            with self.timed("refine"):
-                refiner.refine_(self.refinement(plan, dense, ids, self.notes))
-        with self.timed("store"):
-            pivoted = [e.name for e in entries if e.rank is not None and e.storage == "pivoted"]
-            for name in track(pivoted, "store", len(pivoted), self.progress):
-                store_(self.model, name, "pivoted")
-        self._measure(plan, refined=bool(refiners))
-        dtypes.cast_(self.model, self.stored_dtype)
-        hf.attach_(self.model, hf.specs_of(self.model))
+        names = [name for entry in entries if entry.rank is not None for name in entry.targets]
+        dense = {name: operator(loaded.model, name).weight for name in names}
+        text.read()  # now: the dense model may be the author of the text
+    drift = planned.decomposed.drift
+    _factorise(loaded, planned, groups, entries, stages)
+    notes = _refine(loaded, text, planned.plan, refiners, dense, work, stages)
+    _store(loaded, entries, stages)
+    kl = _measured(planned, refined=bool(refiners), stages=stages)
+    _finish(loaded)
+    provenance = make_provenance(
+        source=loaded.source,
+        model=loaded.model,
+        recipe=recipe.to_dict(),
+        calibration=None if text.windows is None else text.windows.recipe.to_dict(),
+        ledger=book.to_dict(),
+        command=command(calibration=None if text.windows is None else text.calibration),
+    )
+    for name, said in (("refinement", notes), ("metric_drift", drift), ("kl", kl)):
+        provenance |= {name: said} if said else {}
+    return Compression(
+        loaded.model, loaded.tokenizer, loaded.layout, planned.plan, book, provenance, stages.seconds,
+        planned.summaries,
+    )  # fmt: skip
 
-    def refinement(
-        self, plan: Plan, dense: Mapping[str, Tensor], ids: Tensor, notes: list[dict[str, Any]]
-    ) -> Refinement:
-        """What a refiner works on, for this model as it is now."""
-        unseen = self.windows.spare.to(ids.device) if self.windows else None
-        known = (self.model, self.layout, plan, dense, ids, self.progress, self.work, notes, unseen)
-        return Refinement(*known, tokenizer=self.tokenizer)
 
-    def _measure(self, plan: Plan, refined: bool) -> None:
-        """The KL divergence of the finished model, if it was predicted and not already measured with the plan."""
-        if self.held_out is None:
-            return
-        self.measured_kl = None if refined else plan.reached.get("measured_kl")
-        if self.measured_kl is None:
-            with self.timed("probe"):
-                self.measured_kl = self.held_out.kl()
+def _factorise(
+    loaded: Loaded, planned: Planned, groups: Sequence[Group], entries: Sequence[Entry], stages: Stages
+) -> None:
+    """Cut every decomposition at its rank and put the factors in the model."""
+    work = list(zip(groups, entries, strict=True))
+    with stages("factorise"):
+        for group, entry in track(work, "factorise", len(work), stages.progress):
+            log.debug("%s: rank %s of %d, %s", group.name, entry.rank, group.full_rank, entry.storage)
+            if entry.rank is not None:
+                for name, layer in planned.decomposed.cut(group, entry).items():
+                    swap_(loaded.model, name, layer)
+                planned.decomposed.drop(group.name)
 
-    def result(self, plan: Plan, command: str) -> Compression:
-        provenance = make_provenance(
-            source=self.source,
-            model=self.model,
-            recipe=self.recipe.to_dict(),
-            calibration=None if self.windows is None else self.windows.recipe.to_dict(),
-            ledger=self.ledger(plan).to_dict(),
-            command=command,
-        )
-        provenance |= {"refinement": self.notes} if self.notes else {}
-        provenance |= {"metric_drift": self.drift} if self.drift else {}
-        if self.held_out is not None:
-            provenance["kl"] = {"measured": self.measured_kl, "predicted": plan.reached.get("predicted_kl")}
-            provenance["kl"] |= self.held_out.to_dict()
-        made = (self.model, self.tokenizer, self.layout, plan, self.ledger(plan), provenance, self.seconds)
-        return Compression(*made, self.summaries)
+
+def _refine(
+    loaded: Loaded,
+    text: Text,
+    plan: Plan,
+    refiners: Sequence[Refiner],
+    dense: Mapping[str, Tensor],
+    work: Path | None,
+    stages: Stages,
+) -> list[dict[str, Any]]:
+    """Run the refiners one after the other; their notes."""
+    notes: list[dict[str, Any]] = []
+    for refiner in refiners:
+        ids = text.ids()
+        unseen = text.read().spare.to(ids.device)
+        known = (loaded.model, loaded.layout, plan, dense, ids, stages.progress, work, notes, unseen)
+        with stages("refine"):
+            refiner.refine_(Refinement(*known, tokenizer=loaded.tokenizer))
+    return notes
+
+
+def _store(loaded: Loaded, entries: Sequence[Entry], stages: Stages) -> None:
+    """Store every factorised layer as the plan says."""
+    wanted = {name: e.storage for e in entries if e.rank is not None and not e.kept for name in e.targets}
+    with stages("store"):
+        for name, storage in track(wanted.items(), "store", len(wanted), stages.progress):
+            store_(loaded.model, name, storage)
+
+
+def _measured(planned: Planned, refined: bool, stages: Stages) -> dict[str, Any]:
+    """The KL divergence of the finished model, if it was predicted; measured unless the plan's is its own."""
+    if planned.held_out is None:
+        return {}
+    measured = None if refined else planned.plan.reached.get("measured_kl")
+    if measured is None:
+        with stages("probe"):
+            measured = planned.held_out.kl()
+    predicted = planned.plan.reached.get("predicted_kl")
+    return {"measured": measured, "predicted": predicted, **planned.held_out.to_dict()}
+
+
+def _finish(loaded: Loaded) -> None:
+    """The stored dtype, and all that plain `save_pretrained` needs to know."""
+    from eckart.portable import hf  # imports transformers
+
+    dtypes.cast_(loaded.model, loaded.stored_dtype)
+    hf.attach_(loaded.model, hf.specs_of(loaded.model))

@@ -4,13 +4,15 @@ Axis words in shapes: `out`, `in`, `rank`, `tokens`, `batch`, `seq`. A weight is
 `nn.Linear`: `y = W x + b`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 Tensor = torch.Tensor
+Level = Literal["off", "cheap", "full"]  # how much to spend on measuring by how far predicted losses are off
+Part = Collection[str]  # of a plan: names of groups
 
 
 @dataclass(frozen=True)
@@ -113,17 +115,16 @@ class Spectrum:
     `values` is `[full_rank]`, float64 on the CPU, falling. Cutting at rank r makes the error
     `sqrt(sum_{i>r} values_i^2)` in that metric (Eckart and Young 1936). `nats` turns a squared error
     into a predicted loss in nats per token; it is `None` for a metric that does not measure the
-    model's loss (every one without gradients), and then `loss` is `None` as well. `measured` and
-    `similarity` are there only for an allocator that asks for them: `{share: KL of the model's output}`
-    when this group alone is moved to a share (`eckart.sensitivity`), and the cosine between what enters
-    and what leaves the group's block (`eckart.similarity`).
+    model's loss (every one without gradients), and then `loss` is `None` as well. `observed` holds
+    what an allocator asked to be measured, by name (`eckart.measuring.scene`): "sensitivity" is `{share: KL of the
+    model's output}` when this group alone is moved to a share, "similarity" the cosine between what enters and what
+    leaves the group's block.
     """
 
     group: Group
     values: Tensor
     nats: float | None = None
-    measured: Mapping[float, float] | None = None
-    similarity: float | None = None
+    observed: Mapping[str, Any] = field(default_factory=dict)
 
     def error(self, rank: int) -> float:
         """Truncation error at `rank`, in the unit of the metric."""
@@ -184,9 +185,11 @@ class Factors:
 class Budget:
     """How much may be kept: the share `keep` of the parameters of the targets.
 
-    `rank_multiple` is the step of ranks that the hardware likes; 1 means any rank.
+    `rank_multiple` is the step of ranks that the hardware likes; 1 means any rank. `storage` is how factors are
+    stored where a group can have it (`eckart.ledger.admitted`), and so what a rank costs.
     """
 
     keep: float
     rank_multiple: int = 1
+    storage: str = "pair"
     of: str = field(default="targets", init=False)

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import typer
 
 import eckart
-from eckart import _terminal as terminal
+from eckart._cli import terminal
 from eckart.errors import EckartError, UserError
-from eckart.not_finite import to_json
+from eckart.support.not_finite import to_json
 
 app = typer.Typer(
     name="eckart",

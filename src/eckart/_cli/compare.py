@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import eckart
-from eckart import _terminal as terminal
+from eckart._cli import terminal
 from eckart._cli.app import app, print_json
 from eckart._cli.options import (
     Against,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import eckart
-from eckart import _terminal as terminal
+from eckart._cli import terminal
 from eckart._cli.app import app, print_json
 from eckart._cli.options import (
     Bos,
@@ -26,6 +26,7 @@ from eckart._cli.options import (
     Recipe,
     Seed,
     Size,
+    Storage,
     Windows,
     Work,
     parse_options,
@@ -43,6 +44,7 @@ def compress(
     max_kl: MaxKl = None,
     plan: Annotated[Path | None, typer.Option(help="Replay this plan instead of allocating.")] = None,
     rank_multiple: RankMultiple = 1,
+    storage: Storage = None,
     option: Options = [],  # noqa: B006
     data: Data = "wikitext2",
     windows: Windows = 256,
@@ -73,6 +75,7 @@ def compress(
             size=size,
             max_kl=max_kl,
             rank_multiple=rank_multiple,
+            storage=storage,
             options=with_recovery(recipe, parse_options(option)) if recover else parse_options(option),
             plan=plan,
             calibration=eckart.Calibration(data, windows, length, seed, unescape(join), bos),

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from eckart import _terminal as terminal
+from eckart._cli import terminal
 from eckart._cli.app import app, print_json
 from eckart._cli.options import Json, Recipe
 
@@ -21,7 +21,7 @@ def demo(
 
     Example: `eckart demo --keep 0.9`
     """
-    from eckart.demo import run_demo
+    from eckart.demo.run import run_demo
 
     with terminal.progress_bars(quiet=as_json) as progress:
         report = run_demo(out, recipe=recipe, keep=keep, progress=progress)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 import eckart
-from eckart import _terminal as terminal
+from eckart._cli import terminal
 from eckart._cli.app import app, print_json
 from eckart._cli.options import (
     Bos,
@@ -53,7 +53,7 @@ def inspect(
     layout = eckart.inspect(model, include=include, exclude=exclude)
     rows: list[dict[str, Any]] = []
     if spectra:
-        from eckart.density import describe
+        from eckart.plans.figures import describe
 
         with terminal.progress_bars(quiet=as_json) as progress:
             found = eckart.spectra(

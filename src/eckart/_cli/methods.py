@@ -1,7 +1,7 @@
 """`eckart methods`: recipes and their parts."""
 
 import eckart
-from eckart import _terminal as terminal
+from eckart._cli import terminal
 from eckart._cli.app import app, print_json
 from eckart._cli.options import Json
 

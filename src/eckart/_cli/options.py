@@ -18,6 +18,10 @@ MaxKl = Annotated[
     float | None,
     typer.Option(help="Instead of --keep: the most the predictions may change, predicted, in nats per token (0.05)."),
 ]
+Storage = Annotated[
+    str | None,
+    typer.Option(help="How factors are stored, not as the recipe says: pair or pivoted (fewest numbers)."),
+]
 RankMultiple = Annotated[int, typer.Option(min=1, help="Round ranks down to a multiple of this.")]
 Options = Annotated[
     list[str], typer.Option("--option", "-o", help="Override a recipe option: factorizer.damping=1e-4. Repeatable.")

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import eckart
-from eckart import _terminal as terminal
+from eckart._cli import terminal
 from eckart._cli.app import app, print_json
 from eckart._cli.options import (
     Bos,
@@ -26,6 +26,7 @@ from eckart._cli.options import (
     Recipe,
     Seed,
     Size,
+    Storage,
     Windows,
     Work,
     parse_options,
@@ -42,6 +43,7 @@ def plan(
     size: Size = None,
     max_kl: MaxKl = None,
     rank_multiple: RankMultiple = 1,
+    storage: Storage = None,
     option: Options = [],  # noqa: B006
     data: Data = "wikitext2",
     windows: Windows = 256,
@@ -68,6 +70,7 @@ def plan(
             size=size,
             max_kl=max_kl,
             rank_multiple=rank_multiple,
+            storage=storage,
             options=parse_options(option),
             calibration=eckart.Calibration(data, windows, length, seed, unescape(join), bos),
             include=include,

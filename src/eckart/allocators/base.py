@@ -1,6 +1,6 @@
 """The contract of an allocator: spectra, a budget and the ledger in, one entry per group out.
 
-An allocator never sees a model, a weight or a file.
+An allocator never sees a model, a weight or a file. In which storage ranks are spent stands in the budget.
 """
 
 from abc import ABC, abstractmethod
@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from eckart import ledger
-from eckart.correction import Level
-from eckart.types import Budget, Entry, Spectrum
+from eckart.types import Budget, Entry, Group, Level, Spectrum
 
 
 class Probe(Protocol):
@@ -26,13 +25,11 @@ class Probe(Protocol):
 class Allocator(ABC):
     """Chooses ranks. The fields of the dataclass are the method's options.
 
-    Some choose by more than spectra: `wants_curves` has every group measured at the shares `probed`
-    (an attribute of such an allocator, as are `windows` and `length`), `wants_similarity` every block;
-    both come with the spectra. `may_exceed` says that its plans may keep more than was asked.
+    Some choose by more than spectra: `wants` names what is to be measured first (`eckart.measuring.scene`) and comes
+    in `Spectrum.observed`. `may_exceed` says that its plans may keep more than was asked.
     """
 
-    wants_curves: ClassVar[bool] = False
-    wants_similarity: ClassVar[bool] = False
+    wants: ClassVar[tuple[str, ...]] = ()
 
     @property
     def may_exceed(self) -> bool:
@@ -46,7 +43,7 @@ class Allocator(ABC):
         """
 
     def correction_level(self) -> Level:
-        """How much to spend on measuring how far predicted losses are off (`eckart.correction`)."""
+        """How much to spend on measuring how far predicted losses are off (`eckart.planning.correction`)."""
         return "off"
 
     def probe_windows(self) -> tuple[int, int] | None:
@@ -61,6 +58,16 @@ class Allocator(ABC):
         return self.allocate(spectra, budget)
 
 
+def entry_for(group: Group, keep: float, budget: Budget) -> Entry:
+    """An entry that keeps at most the share `keep` of a group, in the budget's storage and steps; dense for 1."""
+    return entry_at(group, ledger.rank_for(group, keep, budget), budget)
+
+
+def entry_at(group: Group, rank: int | None, budget: Budget) -> Entry:
+    """An entry at a rank, `None` dense, in the budget's storage where the group can have it."""
+    return Entry(group.names, rank, "pair" if rank is None else ledger.admitted(group, budget.storage))
+
+
 def checked(spectra: Sequence[Spectrum], budget: Budget) -> None:
     """Raise `BudgetError` unless the budget can be met; every allocator calls it first."""
-    ledger.check_reachable([s.group for s in spectra], budget.keep, budget.rank_multiple)
+    ledger.check_reachable([s.group for s in spectra], budget.keep, budget.rank_multiple, budget.storage)

@@ -9,7 +9,7 @@ from math import exp, pi, tan
 from typing import ClassVar, final
 
 from eckart import ledger
-from eckart.allocators.base import Allocator, checked
+from eckart.allocators.base import Allocator, checked, entry_at
 from eckart.errors import BudgetError, OptionError
 from eckart.types import Budget, Entry, Spectrum
 
@@ -30,7 +30,7 @@ class CPSVD(Allocator):
     """
 
     temperature: float = 0.1
-    wants_similarity: ClassVar[bool] = True
+    wants: ClassVar[tuple[str, ...]] = ("similarity",)
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
@@ -53,17 +53,17 @@ class CPSVD(Allocator):
         for members, size, removal in zip(blocks.values(), sizes, removed, strict=True):
             own = [spectra[i] for i in members]
             for i, lost in zip(members, _within_block(own, removal, removal / size), strict=True):
-                entries[i] = _entry(spectra[i], lost, budget.rank_multiple)
+                entries[i] = _entry(spectra[i], lost, budget)
         return [entries[i] for i in range(len(spectra))]
 
 
 def _similarity(spectrum: Spectrum) -> float:
-    if spectrum.similarity is None:
+    if "similarity" not in spectrum.observed:
         raise OptionError(
             f"{spectrum.group.name}: cpsvd needs the similarity of its block, which a recipe measures; "
             "compress through a recipe, or choose another allocator."
         )
-    return spectrum.similarity
+    return float(spectrum.observed["similarity"])
 
 
 def _within_block(spectra: Sequence[Spectrum], removal: float, share_removed: float) -> list[float]:
@@ -96,10 +96,10 @@ def shared_out(total: float, weights: Sequence[float], caps: Sequence[float]) ->
     return shares
 
 
-def _entry(spectrum: Spectrum, lost: float, rank_multiple: int) -> Entry:
+def _entry(spectrum: Spectrum, lost: float, budget: Budget) -> Entry:
+    """What a module that loses so many parameters has: dense if it loses none."""
     group = spectrum.group
     if lost <= 0:
-        return Entry(group.names, None)
-    rank = ledger.largest_rank(group, int(group.parameters - lost))
-    rank = rank // rank_multiple * rank_multiple or min(max(rank, 1), group.full_rank)
-    return Entry(group.names, rank)
+        return entry_at(group, None, budget)
+    rank = ledger.largest_rank(group, int(group.parameters - lost), ledger.admitted(group, budget.storage))
+    return entry_at(group, ledger.rounded(rank, group, budget.rank_multiple), budget)

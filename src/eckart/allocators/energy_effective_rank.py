@@ -2,19 +2,20 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from typing import Literal, final
 
 from eckart import ledger
-from eckart.allocators.base import Allocator, checked
+from eckart.allocators.base import Allocator, checked, entry_at
 from eckart.allocators.uniform import Uniform
-from eckart.density import MEASURES
 from eckart.errors import BudgetError, OptionError
-from eckart.grouping import FUSED_ATTENTION, KEY, QUERY, VALUE, matches
-from eckart.lagrange import Bidder, integer_ranks, total
-from eckart.rebalance import rebalance_
-from eckart.types import Budget, Entry, Spectrum
+from eckart.maths.density import MEASURES
+from eckart.maths.lagrange import Bidder, integer_ranks, total
+from eckart.maths.rebalance import rebalance_
+from eckart.plans.grouping import FUSED_ATTENTION, KEY, QUERY, VALUE, matches
+from eckart.types import Budget, Entry, Group, Spectrum
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class EnergyEffectiveRank(Allocator):
         if budget.keep == 1:
             return [Entry(s.group.names, None) for s in spectra]
         uniform = self._uniform_ranks(spectra, budget)
-        bidders = [self._bidder(spectrum, budget.rank_multiple) for spectrum in spectra]
+        bidders = [self._bidder(spectrum, budget) for spectrum in spectra]
         ranks = [0] * len(spectra)
         for members in _by_kind(spectra).values() if self.scope == "kind" else [list(range(len(spectra)))]:
             asked = [bidders[i] for i in members]
@@ -69,17 +70,19 @@ class EnergyEffectiveRank(Allocator):
             for i, b in enumerate(bidders)
         ]
         self._rebalance(spectra, bidders, ranks, details, budget)
+        chosen = [None if b.ceiling is not None and r == b.cap else r for b, r in zip(bidders, ranks, strict=True)]
         return [
-            Entry(s.group.names, None if b.ceiling is not None and rank == b.cap else rank, details=detail)
-            for s, b, rank, detail in zip(spectra, bidders, ranks, details, strict=True)
+            replace(entry_at(s.group, rank, budget), details=detail)
+            for s, rank, detail in zip(spectra, chosen, details, strict=True)
         ]
 
     def _uniform_ranks(self, spectra: Sequence[Spectrum], budget: Budget) -> list[int]:
         """What each kind may spend is what uniform ranks of that kind would cost."""
         for spectrum in spectra:
             group = spectrum.group
-            if ledger.largest_rank(group, ledger.share(budget.keep) * group.parameters) < 1:
-                lowest = ledger.parameters(group, 1) / group.parameters
+            storage = ledger.admitted(group, budget.storage)
+            if ledger.largest_rank(group, ledger.share(budget.keep) * group.parameters, storage) < 1:
+                lowest = ledger.parameters(group, 1, storage) / group.parameters
                 raise BudgetError(
                     f"keep is {budget.keep:g}, but {group.name} needs {lowest:.4f} for rank 1, and here each kind "
                     f"has a budget of its own; ask for {lowest:.4f} or more, or leave it out with --exclude."
@@ -87,9 +90,12 @@ class EnergyEffectiveRank(Allocator):
         entries = Uniform().allocate(spectra, budget)
         return [entry.rank for entry in entries if entry.rank is not None]
 
-    def _bidder(self, spectrum: Spectrum, multiple: int) -> Bidder:
-        group, density = spectrum.group, MEASURES[self.measure](spectrum.values)
-        cost = ledger.parameters(group, 1)
+    def _bidder(self, spectrum: Spectrum, budget: Budget) -> Bidder:
+        group, density, multiple = spectrum.group, MEASURES[self.measure](spectrum.values), budget.rank_multiple
+        cost, storage = ledger.parameters(group, 1), ledger.admitted(group, budget.storage)
+        if storage != "pair":  # at full rank it costs what the dense matrix does
+            price = partial(_price, group, storage)
+            return Bidder(density, cost, group.full_rank, group.parameters, multiple, price)
         if not self.dense_cap:
             return Bidder(density, cost, group.full_rank, None, multiple)
         return Bidder(density, cost, -(-group.parameters // cost), group.parameters, multiple)
@@ -138,6 +144,10 @@ class EnergyEffectiveRank(Allocator):
                 "no attention with separate %s, %s and %s among the targets: nothing is rebalanced.",
                 self.query, self.key, self.value,
             )  # fmt: skip
+
+
+def _price(group: Group, storage: str, rank: int) -> int:
+    return ledger.parameters(group, rank, storage)
 
 
 def auto_beta(keep: float) -> Fraction:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from math import inf, isfinite
 from typing import Any, Literal, final
 
-from eckart.allocators.base import Allocator, Probe, checked
+from eckart.allocators._share_candidates import draw_removal, draws, fit_ranks, mean_removed
+from eckart.allocators.base import Allocator, Probe, checked, entry_at
 from eckart.allocators.uniform import Uniform
 from eckart.errors import NumericalError, OptionError
-from eckart.share_candidates import draw_removal, draws, fit_ranks, mean_removed
 from eckart.types import Budget, Entry, Spectrum
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class ErrorSearch(Allocator):
         if budget.keep == 1:
             return uniform
         units = self.units(spectra)
-        sensitivities = self.sensitivities(spectra, units, probe)
+        sensitivities = self.sensitivities(spectra, budget, units, probe)
         plans = [uniform, *self.sample(spectra, budget, units, sensitivities)]
         scores = [probe(plan) for plan in plans]
         chosen, summary = self.choose(plans, scores, probe)
@@ -85,10 +85,12 @@ class ErrorSearch(Allocator):
             found.append(keys.setdefault(key, len(keys)))
         return found
 
-    def sensitivities(self, spectra: Sequence[Spectrum], units: Sequence[int], probe: Probe) -> list[float]:
+    def sensitivities(
+        self, spectra: Sequence[Spectrum], budget: Budget, units: Sequence[int], probe: Probe
+    ) -> list[float]:
         """Rise of the loss when one unit alone keeps the share `light`, for each unit; at least a little."""
-        light = Uniform().allocate(spectra, Budget(self.light))
-        dense = [replace(entry, rank=None) for entry in light]
+        light = Uniform().allocate(spectra, replace(budget, keep=self.light, rank_multiple=1))
+        dense = [entry_at(spectrum.group, None, budget) for spectrum in spectra]
         base = probe(dense)
         if not isfinite(base):
             raise NumericalError(f"error_search: the loss of the dense model is {base}; check the model and the text.")
@@ -113,7 +115,7 @@ class ErrorSearch(Allocator):
         for kappa, noise in draws(self.candidates - 1, len(sizes), self.kappa, self.noise, self.seed):
             removed = draw_removal(sensitivities, sizes, mean, kappa, noise)
             ranks = fit_ranks(groups, [1 - removed[unit] for unit in units], budget)
-            made.append([Entry(group.names, rank) for group, rank in zip(groups, ranks, strict=True)])
+            made.append([entry_at(group, rank, budget) for group, rank in zip(groups, ranks, strict=True)])
         return made
 
     def choose(

@@ -11,12 +11,12 @@ from typing import ClassVar, Literal, final
 import torch
 
 from eckart import ledger
-from eckart.allocators.base import Allocator, checked
-from eckart.curve_fit import filled
+from eckart.allocators.base import Allocator, checked, entry_at
 from eckart.errors import BudgetError, OptionError
-from eckart.sensitivity import SHARES, candidate_rank
+from eckart.maths.curve_fit import filled
 from eckart.types import Budget, Entry, Spectrum
 
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 STATES = 400_000  # cells of the exact table beyond which costs are rounded up to a unit
 PUBLISHED_UNITS = 10_000
 
@@ -37,7 +37,7 @@ class Knapsack(Allocator):
 
     `shares` are the candidate shares (1: dense) beside the target's own, those below `min_share` left
     out; each is measured on the first `windows` calibration windows, cut to `length` tokens.
-    `measured` names fewer shares to measure; the curve through them (`eckart.curve_fit`) gives the others.
+    `measured` names fewer shares to measure; the curve through them (`eckart.maths.curve_fit`) gives the others.
 
     `budget` "exact": costs are exact parameters and the budget is never exceeded. The table's unit is
     the greatest common divisor of all costs where that gives at most 400,000 cells; the plan is then
@@ -53,7 +53,7 @@ class Knapsack(Allocator):
     windows: int = 32
     length: int = 2048
     budget: Literal["exact", "published"] = "exact"
-    wants_curves: ClassVar[bool] = True
+    wants: ClassVar[tuple[str, ...]] = ("sensitivity",)
 
     def __post_init__(self) -> None:
         for name in ("shares", "measured"):
@@ -87,11 +87,11 @@ class Knapsack(Allocator):
             picked = published(choices, budget.keep * total, total)
         else:
             picked = exact(choices, ledger.allowed_parameters(groups, budget.keep))
-        return [Entry(g.names, options[p].rank) for g, options, p in zip(groups, choices, picked, strict=True)]
+        return [entry_at(g, options[p].rank, budget) for g, options, p in zip(groups, choices, picked, strict=True)]
 
     def _choices(self, spectrum: Spectrum, budget: Budget) -> list[Choice]:
         """The options of one group by rising cost, none dearer than dense; the smallest rank is always one."""
-        group, curve = spectrum.group, spectrum.measured
+        group, curve = spectrum.group, spectrum.observed.get("sensitivity")
         if curve is None:
             raise OptionError(
                 f"{group.name}: the knapsack needs measured curves, and its spectrum has none; "
@@ -106,10 +106,8 @@ class Knapsack(Allocator):
             )
         options: dict[int, Choice] = {}
         for share in sorted({*wanted, min(wanted)}):
-            rank = candidate_rank(group, share)
-            if rank is not None:
-                rank = max(rank // budget.rank_multiple * budget.rank_multiple, min(budget.rank_multiple, rank))
-            cost = ledger.parameters(group, rank)
+            rank = ledger.rank_for(group, share, budget)
+            cost = ledger.parameters(group, rank, ledger.admitted(group, budget.storage))
             if cost <= group.parameters:
                 options.setdefault(cost, Choice(rank, cost, losses[share]))
         return [options[cost] for cost in sorted(options)]

@@ -3,16 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Literal, final
+from typing import final
 
 import numpy as np
 
 from eckart import ledger
-from eckart.allocators.base import Allocator, checked
-from eckart.correction import Level
+from eckart.allocators.base import Allocator, checked, entry_at
 from eckart.errors import BudgetError, OptionError
-from eckart.hull import Curve, spend
-from eckart.types import Budget, Entry, Group, Spectrum
+from eckart.maths.hull import Curve, spend
+from eckart.types import Budget, Entry, Group, Level, Spectrum
 
 DENSE = 0  # the label of the choice to leave a group dense
 
@@ -24,12 +23,12 @@ class WaterLevel(Allocator):
 
     The loss is the predicted one in nats per token where every spectrum knows it, else the squared
     truncation error. `normalise` divides each group's loss by what rank 0 would lose, for metrics
-    whose groups do not speak one unit. `storage` prices the ranks; `dense` allows a group to stay
+    whose groups do not speak one unit. The budget's storage prices the ranks; `dense` allows a group to stay
     whole. No rank is below `floor_rank` or below `floor_share` of the full rank. `correction` measures
-    by how much the predicted losses of the kinds of matrices are off, and allocates again (`eckart.correction`).
+    by how much the predicted losses of the kinds of matrices are off, and allocates
+    again (`eckart.planning.correction`).
     """
 
-    storage: Literal["pair", "pivoted"] = "pair"
     dense: bool = True
     floor_rank: int = 1
     floor_share: float = 0.0
@@ -48,7 +47,7 @@ class WaterLevel(Allocator):
     def allocate(self, spectra: Sequence[Spectrum], budget: Budget) -> list[Entry]:
         checked(spectra, budget)
         groups = [spectrum.group for spectrum in spectra]
-        curves = [self._curve(spectrum, budget.rank_multiple) for spectrum in self._in_one_unit(spectra)]
+        curves = [self._curve(spectrum, budget) for spectrum in self._in_one_unit(spectra)]
         chosen = spend(curves, ledger.allowed_parameters(groups, budget.keep))
         if chosen is None:
             smallest = sum(int(curve.costs[0]) for curve in curves) / sum(group.parameters for group in groups)
@@ -59,7 +58,7 @@ class WaterLevel(Allocator):
             )
         labels = [int(curve.label[i]) for curve, i in zip(curves, chosen, strict=True)]
         return [
-            Entry(group.names, None) if label == DENSE else Entry(group.names, label, self.storage)
+            entry_at(group, None if label == DENSE else label, budget)
             for group, label in zip(groups, labels, strict=True)
         ]
 
@@ -71,21 +70,23 @@ class WaterLevel(Allocator):
             for s in spectra
         ]
 
-    def _curve(self, spectrum: Spectrum, multiple: int) -> Curve:
+    def _curve(self, spectrum: Spectrum, budget: Budget) -> Curve:
         group, weight = spectrum.group, spectrum.nats
         assert weight is not None
-        ranks = np.array(self._ranks(group, multiple), dtype=np.int64)
-        costs = np.array([ledger.parameters(group, int(r), self.storage) for r in ranks], dtype=np.int64)
+        storage = ledger.admitted(group, budget.storage)
+        ranks = np.array(self._ranks(group, budget.rank_multiple, storage), dtype=np.int64)
+        costs = np.array([ledger.parameters(group, int(r), storage) for r in ranks], dtype=np.int64)
         losses = spectrum.tails.numpy()[ranks] * weight
         if self.dense or not len(ranks):
             ranks, costs = np.append(ranks, DENSE), np.append(costs, group.parameters)
             losses = np.append(losses, 0.0)
         return Curve.of(costs, losses, ranks)
 
-    def _ranks(self, group: Group, multiple: int) -> list[int]:
-        """Every rank that the floors and the multiple allow; at full rank only a pair without a dense choice."""
+    def _ranks(self, group: Group, multiple: int, storage: str) -> list[int]:
+        """Every rank that the floors and the multiple allow; full rank only where it can be stored, not dense."""
         full = group.full_rank
         floor = max(self.floor_rank, ceil(self.floor_share * full), 1)
         first = -(-floor // multiple) * multiple
         ranks = list(range(first, full, multiple))
-        return ranks if self.dense or self.storage == "pivoted" else [*ranks, full]
+        refused = ledger.storage_of(group, storage).refusal(ledger.size_of(group, full))
+        return ranks if self.dense or refused else [*ranks, full]

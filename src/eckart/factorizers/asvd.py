@@ -8,7 +8,7 @@ import torch
 from eckart.errors import OptionError
 from eckart.factorizers.base import Factorizer
 from eckart.linalg import DAMPING, Metric, Side
-from eckart.statistics import GroupStatistics, Need
+from eckart.statistics.sums import GroupStatistics, Need
 
 
 @final

@@ -8,13 +8,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from eckart.errors import NumericalError, PlanError
 from eckart.linalg import Decomposition, Metric
-from eckart.statistics import GroupStatistics, Need
+from eckart.statistics.sums import GroupStatistics, Need
 from eckart.types import Entry, Factors, Group, Spectrum
 
 Tensor = torch.Tensor
@@ -35,6 +36,14 @@ class GroupDecomposition:
         self.decomposition = decomposition
         self.spectrum = Spectrum(group, decomposition.values.cpu(), nats)
         self.details: dict[str, Any] = {}
+
+    def close(self) -> None:
+        """Keep only what cuts need; called once, when nothing is predicted from the metric any more."""
+        self.decomposition.close()
+
+    def spill(self, folder: Path) -> None:
+        """Move what cuts need to a file in `folder`, from where each cut reads it back."""
+        self.decomposition.spill(folder / f"{self.group.name}.safetensors")
 
     def settle(self, entry: Entry) -> Entry:
         """The entry with everything decided that an allocator left open (here nothing), and with `details`."""

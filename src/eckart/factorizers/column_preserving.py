@@ -12,13 +12,13 @@ from typing import ClassVar, final
 import torch
 
 from eckart import ledger
-from eckart.columns import Splits, column_scores, kept_for, positive_definite, split
 from eckart.errors import NumericalError, OptionError
 from eckart.factorizers.base import Factorizer, GroupDecomposition
 from eckart.factorizers.svd_llm import SVDLLM
-from eckart.golden import golden_section, lowest_valley
 from eckart.linalg import DAMPING, Metric
-from eckart.statistics import GroupStatistics, Need
+from eckart.maths.columns import Splits, column_scores, kept_for, positive_definite, split
+from eckart.maths.golden import golden_section, lowest_valley
+from eckart.statistics.sums import GroupStatistics, Need
 from eckart.types import Entry, Factors, Group
 
 Tensor = torch.Tensor
@@ -33,7 +33,7 @@ class ColumnPreserving(Factorizer):
     ranked once, by what their residual after the plain cut does to the output. The best d is looked
     for by golden section and taken only if the error falls by more than `acceptance`.
     `early_exit`: try two splits first and give up if neither is better than none (v2; v1 does not).
-    `compensated`: fit kept columns and low-rank part together (`eckart.columns`); never worse for the
+    `compensated`: fit kept columns and low-rank part together (`eckart.maths.columns`); never worse for the
     same columns, which are ranked alike (`docs/decisions/0020-preserved-columns.md`).
 
     One module costs the plain decomposition, one Cholesky factor and one product to set up, then one
@@ -56,33 +56,36 @@ class ColumnPreserving(Factorizer):
 
     def decompose(self, group: Group, weights: Sequence[Tensor], statistics: GroupStatistics) -> GroupDecomposition:
         plain = super().decompose(group, weights, statistics)
-        return ColumnDecomposition(self, plain)
+        side = statistics.input_side(self.damping)
+        assert side is not None
+        assert side.gram is not None
+        return ColumnDecomposition(self, plain, side.gram)
 
     def resting(self) -> Factorizer:
         return SVDLLM(self.damping)
 
 
 class ColumnDecomposition(GroupDecomposition):
-    """A plain decomposition that can trade ranks for columns. Keeps the input Gram."""
+    """A plain decomposition that can trade ranks for columns. Keeps the damped input Gram `[in, in]`, float64.
 
-    def __init__(self, method: ColumnPreserving, plain: GroupDecomposition) -> None:
+    Layers with one input share it, and it is not copied.
+    """
+
+    def __init__(self, method: ColumnPreserving, plain: GroupDecomposition, gram: Tensor) -> None:
         super().__init__(plain.group, plain.decomposition)
-        self.method = method
+        self.method, self._gram = method, gram
 
     @cached_property
     def gram(self) -> Tensor:
-        """The damped input Gram, `[in, in]`, float64; most often the one that the metric holds, not a copy."""
-        right = self.decomposition.metric.right
-        assert right is not None
-        assert right.gram is not None
+        """The Gram, positive definite; most often as it is."""
         try:
-            return positive_definite(right.gram)
+            return positive_definite(self._gram)
         except RuntimeError:
             raise NumericalError(f"{self.group.name}: its input Gram is not positive definite.") from None
 
     def settle(self, entry: Entry) -> Entry:
         """Decide how many columns are kept, if the entry leaves it open."""
-        if entry.rank is None or entry.kept is not None:
+        if entry.rank is None or entry.kept is not None or entry.storage != "pair":
             return entry
         rank, kept = self.search(entry.rank)
         return replace(entry, rank=rank, kept=kept, storage="columns" if kept else "pair")

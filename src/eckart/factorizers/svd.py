@@ -7,7 +7,7 @@ import torch
 
 from eckart.factorizers.base import Factorizer
 from eckart.linalg import Metric
-from eckart.statistics import GroupStatistics
+from eckart.statistics.sums import GroupStatistics
 
 
 @final

@@ -7,7 +7,7 @@ import torch
 
 from eckart.factorizers.base import Factorizer
 from eckart.linalg import DAMPING, Metric
-from eckart.statistics import GroupStatistics, Need
+from eckart.statistics.sums import GroupStatistics, Need
 
 
 @final

@@ -10,10 +10,10 @@ from typing import Literal, final
 import torch
 
 from eckart.errors import OptionError
+from eckart.factorizers._shrinkage import CANDIDATES, held_out_errors
 from eckart.factorizers.base import Factorizer, GroupDecomposition, failures_named
 from eckart.linalg import Metric, Side
-from eckart.shrinkage import CANDIDATES, held_out_errors
-from eckart.statistics import GroupStatistics, Need
+from eckart.statistics.sums import GroupStatistics, Need
 from eckart.types import Group
 
 Tensor = torch.Tensor
@@ -36,7 +36,7 @@ class TwoSided(Factorizer):
     loss the KL divergence from the dense model; `"mixed"` estimates the same with less noise, by all
     labels at once under random signs; `"true"` is the empirical Fisher. A shrinkage a in
     [0, 1) replaces a Gram K by `(1 - a) K + a mean(diag K) I`; "auto" for gradients chooses a for each group by
-    held-out prediction (`eckart.shrinkage`). What is not modelled: errors of different weights and of
+    held-out prediction (`eckart.factorizers._shrinkage`). What is not modelled: errors of different weights and of
     different tokens are taken to be independent.
     """
 

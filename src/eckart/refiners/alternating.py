@@ -6,19 +6,18 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, final
 
 import torch
-from torch import nn
 
-from eckart.block_descent import BlockError
-from eckart.block_factors import factors_of, put_, refinable, split_windows
-from eckart.block_work import BlockWork
 from eckart.errors import NumericalError, OptionError
 from eckart.linalg import DAMPING
-from eckart.linear import FactorizedLinear
-from eckart.progress import track
-from eckart.recorder import Recorder
+from eckart.model.operators import operator
+from eckart.model.recorder import Recorder
+from eckart.refiners._block_descent import BlockError
+from eckart.refiners._block_factors import factors_of, put_, refinable, split_windows
+from eckart.refiners._block_work import BlockWork
+from eckart.refiners._residual_target import blend, regress
+from eckart.refiners._two_streams import AtBlock, two_streams
 from eckart.refiners.base import Refinement, Refiner
-from eckart.residual_target import blend, regress
-from eckart.two_streams import TwoStreams, input_gram, stages
+from eckart.storages import FactorizedLayer
 from eckart.types import Target
 
 Tensor = torch.Tensor
@@ -56,89 +55,80 @@ class Alternating(Refiner):
     @torch.no_grad()
     def refine_(self, work: Refinement) -> None:
         batches, train, held_out = split_windows(work.windows, self.batch, self.held_out)
-        finished = BlockWork(work, "alternating", asdict(self))
-        blocks, able = work.layout.block_list(work.model), refinable(work)
-        streams = TwoStreams.open(work.model, blocks, batches)
-        for index, block in track(enumerate(blocks), "alternate", len(blocks), work.progress):
-            targets = [target for target in work.layout.targets if target.block == index]
-            goals = streams.goals(block, work.dense_weights, targets, self.target)
-            notes = finished.restore_(index, block)
+        finished, able = BlockWork(work, "alternating", asdict(self)), refinable(work)
+        for here in two_streams(work, batches, stage="alternate"):
+            goals = here.goals(work.dense_weights, self.target)
+            notes = finished.restore_(here.index, here.block)
             if notes is None:
-                notes = self._regress(work, streams, block, targets, able, goals, (train, held_out))
-                finished.keep(index, factors_of(block, [t for t in targets if t.name in able]), notes)
+                notes = self._regress(work, here, able, goals, (train, held_out))
+                changed = [target for target in here.targets if target.name in able]
+                finished.keep(here.index, factors_of(here.block, changed), notes)
             work.notes.append(notes)
-            streams.advance(block)
 
     def _regress(
         self,
         work: Refinement,
-        streams: TwoStreams,
-        block: nn.Module,
-        targets: Sequence[Target],
+        here: AtBlock,
         able: Collection[str],
         goals: Sequence[Tensor],
         parts: tuple[Sequence[int], Sequence[int]],
     ) -> dict[str, Any]:
         """Try every step on one block, keep those that gain, and return its notes; `parts` train and are held out."""
         train, held_out = parts
-        error = BlockError(streams, block, goals)
+        error = BlockError(here, goals)
         before = lowest = error.over({}, held_out)
         if not before < torch.inf:
-            raise NumericalError(f"block {streams.position}: its output holds NaN or infinity before any step.")
+            raise NumericalError(f"block {here.index}: its output holds NaN or infinity before any step.")
         kept = tried = 0
-        for stage in stages(streams, block, targets) * self.sweeps:
+        for stage in here.stages() * self.sweeps:
             chosen = [target for target in stage if target.name in able]
             if not chosen:
                 continue
-            old, tried = factors_of(block, chosen), tried + 1
-            self._step(work, streams, block, stage, chosen, goals, train)
+            old, tried = factors_of(here.block, chosen), tried + 1
+            self._step(work, here, stage, chosen, goals, train)
             now = error.over({}, held_out)
             if now < lowest:
                 lowest, kept = now, kept + 1
             else:
-                put_(block, old)
-        return _notes(streams.position, before, lowest, kept, tried)
+                put_(here.block, old)
+        return _notes(here.index, before, lowest, kept, tried)
 
     def _step(
         self,
         work: Refinement,
-        streams: TwoStreams,
-        block: nn.Module,
+        here: AtBlock,
         stage: Sequence[Target],
         chosen: Sequence[Target],
         goals: Sequence[Tensor],
         train: Sequence[int],
     ) -> None:
         """Regress the matrices of one stage on what they read now."""
-        gram = input_gram(streams, block, chosen[0], train).matrix
+        gram = here.input_gram(chosen[0], train).matrix
         writes = len(stage) == 1 and stage[0].out_features == goals[0].shape[-1]
         for target in chosen:
-            weight, layer = work.dense_weights[target.name], block.get_submodule(target.kind)
-            assert isinstance(layer, FactorizedLinear)
+            weight, layer = work.dense_weights[target.name], here.block.get_submodule(target.kind)
+            assert isinstance(layer, FactorizedLayer)
             cross = weight.double() @ gram
             if writes and self.share > 0:
-                cross = blend(cross, missing_cross(streams, block, target, goals, train), self.share)
+                cross = blend(cross, missing_cross(here, target, goals, train), self.share)
             basis, coefficients = regress(weight, cross, gram, layer.rank, self.damping)
-            put_(block, {target.kind: (basis.to(weight.dtype), coefficients.to(weight.dtype))})
+            put_(here.block, {target.kind: (basis.to(weight.dtype), coefficients.to(weight.dtype))})
 
 
-def missing_cross(
-    streams: TwoStreams, block: nn.Module, target: Target, goals: Sequence[Tensor], batches: Sequence[int]
-) -> Tensor:
+def missing_cross(here: AtBlock, target: Target, goals: Sequence[Tensor], batches: Sequence[int]) -> Tensor:
     """`T Z^T` `[out, in]`, float64: inputs Z of the layer, T what it would have to give to reach the goals.
 
     All that the block adds besides the layer's output is held fixed, which is exact for the last
     matrix that writes to the residual stream.
     """
-    device = goals[0].device
-    total = torch.zeros(target.out_features, target.in_features, dtype=torch.float64, device=device)
-    bias: Tensor | None = block.get_submodule(target.kind).bias  # type: ignore[assignment]
-    with Recorder(block, [target]) as recorder:
-        for index in batches:
-            output = streams.run(block, streams.compressed[index], index)
+    total = torch.zeros(target.out_features, target.in_features, dtype=torch.float64, device=goals[0].device)
+    bias = operator(here.block, target.kind).bias
+    with Recorder(here.block, [target]) as recorder:
+        for batch in batches:
+            output = here.run(batch)
             for z, members in recorder.by_input():
                 own = members[0][1] if bias is None else members[0][1] - bias
-                wanted = (goals[index] - output).reshape(-1, own.shape[-1]) + own.reshape(-1, own.shape[-1])
+                wanted = (goals[batch] - output).reshape(-1, own.shape[-1]) + own.reshape(-1, own.shape[-1])
                 total += wanted.T @ z.reshape(-1, z.shape[-1])
     return total
 

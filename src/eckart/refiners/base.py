@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from eckart.discovery import Layout
-from eckart.plans import Plan
+from eckart.model.discovery import Layout
+from eckart.plans.plan import Plan
 from eckart.progress import Progress, silent
 
 Tensor = torch.Tensor
@@ -29,7 +29,7 @@ class Refinement:
     length]` token ids on the model's device, those that the statistics came from; `unseen` `[any, length]` are
     others of the same text, which no statistic has seen: what is fitted to `windows` is judged on them fairly.
 
-    `work` is a folder in which a long refiner may keep finished pieces for a later run (`eckart.work`).
+    `work` is a folder in which a long refiner may keep finished pieces for a later run (`eckart.support.work`).
     `tokenizer` is for refiners that make text of their own; None where there is none.
     What should travel with the checkpoint about how it went is appended to `notes`, as plain data
     without times: the same run leaves the same notes.

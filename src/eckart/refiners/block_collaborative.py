@@ -8,18 +8,19 @@ from typing import Any, Literal, final
 import torch
 from torch import nn
 
-from eckart.block_descent import BlockError, Descent, Schedule, descend
-from eckart.block_factors import factors_of, put_, refinable, split_windows
-from eckart.block_forms import BlockForm, FreeFactors, Start, Subspaces, Whitenings, precise, tied
-from eckart.block_work import BlockWork
 from eckart.errors import NumericalError, OptionError
 from eckart.linalg import DAMPING, Decomposition, Metric
-from eckart.linear import FactorizedLinear
+from eckart.maths.subspace import SOFTENING
+from eckart.model.operators import dense_again
+from eckart.refiners._block_descent import BlockError, Descent, Schedule, descend
+from eckart.refiners._block_factors import factors_of, put_, refinable, split_windows
+from eckart.refiners._block_forms import BlockForm, FreeFactors, Start, Subspaces, Whitenings, precise, tied
+from eckart.refiners._block_work import BlockWork
+from eckart.refiners._residual_metric import residual_metrics
+from eckart.refiners._two_streams import AtBlock, two_streams
 from eckart.refiners.base import Refinement, Refiner
-from eckart.residual_metric import residual_metrics
-from eckart.statistics import Gram
-from eckart.subspace import SOFTENING
-from eckart.two_streams import TwoStreams, dense_again, input_gram, stages
+from eckart.statistics.sums import Gram
+from eckart.storages import FactorizedLayer
 from eckart.types import Target
 
 Tensor = torch.Tensor
@@ -43,7 +44,7 @@ class BlockCollaborative(Refiner):
     `start` "found" begins at the factors that are in place, whatever made them, instead of whitened
     ones; only the form "free" can. Whatever made them has seen all windows, so text that no statistic has
     seen is held out instead, where there is some. `metric` "gradient" weighs the output error by the Fisher information
-    of the dense model's residual stream there (`eckart.residual_metric`), with the shrinkage a =
+    of the dense model's residual stream there (`eckart.refiners._residual_metric`), with the shrinkage a =
     `gradient_shrinkage` of that matrix towards its mean diagonal; 1 is the plain norm.
 
     `steps` (at most), `rate` and `batch` (windows in a step) are the descent's. Every `check_every` steps
@@ -96,21 +97,17 @@ class BlockCollaborative(Refiner):
         if self.metric == "gradient":  # of the training windows: what is held out trains nothing
             trained = torch.cat([batches[number] for number in train])
             metrics = residual_metrics(work, trained, self.gradient_shrinkage, self.seed)
-        blocks = work.layout.block_list(work.model)
-        streams = TwoStreams.open(work.model, blocks, batches)
         able = refinable(work)
-        for index, block in enumerate(blocks):
-            targets = [target for target in work.layout.targets if target.block == index]
-            metric = None if metrics is None else metrics[index]
-            job = _Job(self, work, streams, block, targets, able, train, held_out, metric)
-            notes = finished.restore_(index, block)
+        for here in two_streams(work, batches):
+            metric = None if metrics is None else metrics[here.index]
+            job = _Job(self, work, here, able, train, held_out, metric)
+            notes = finished.restore_(here.index, here.block)
             if notes is None:
                 notes = job.collaborate()
-                finished.keep(index, factors_of(block, job.chosen), notes)
+                finished.keep(here.index, factors_of(here.block, job.chosen), notes)
             else:
                 job.goals()  # the dense stream still has to pass the block
             work.notes.append(notes)
-            streams.advance(block)
 
 
 @dataclass
@@ -119,9 +116,7 @@ class _Job:
 
     options: BlockCollaborative
     work: Refinement
-    streams: TwoStreams
-    block: nn.Module
-    targets: Sequence[Target]
+    here: AtBlock
     able: frozenset[str]
     train: Sequence[int]
     held_out: Sequence[int]
@@ -129,22 +124,26 @@ class _Job:
     chosen: list[Target] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.chosen = [target for target in self.targets if target.name in self.able]
+        self.chosen = [target for target in self.here.targets if target.name in self.able]
 
     @property
     def index(self) -> int:
-        return self.streams.position
+        return self.here.index
+
+    @property
+    def block(self) -> nn.Module:
+        return self.here.block
 
     def goals(self) -> list[Tensor]:
-        return self.streams.goals(self.block, self.work.dense_weights, self.targets, self.options.target)
+        return self.here.goals(self.work.dense_weights, self.options.target)
 
     def collaborate(self) -> dict[str, Any]:
         """The block ends with the best factors seen, and returns its notes."""
-        error = BlockError(self.streams, self.block, self.goals(), self.metric)
+        error = BlockError(self.here, self.goals(), self.metric)
         notes: dict[str, Any] = {"refiner": "block_collaborative", "block": self.index}
         if self.chosen:
             notes |= self._descend(error)
-        if left := [t.kind for t in self.targets if t.name in self.work.dense_weights and t.name not in self.able]:
+        if left := [t.kind for t in self.here.targets if t.name in self.work.dense_weights and t.name not in self.able]:
             notes["left_alone"] = left
         return notes
 
@@ -179,7 +178,7 @@ class _Job:
 
     def _run(self, form: BlockForm, error: BlockError, schedule: Schedule) -> Descent:
         generator = torch.Generator().manual_seed(1_000_003 * self.options.seed + self.index)
-        total = len(self.work.layout.block_list(self.work.model))
+        total = 1 + max(target.block for target in self.work.layout.targets)
 
         def stepped(done: int) -> None:
             self.work.progress("collaborate", self.index * schedule.steps + done, total * schedule.steps)
@@ -190,17 +189,17 @@ class _Job:
     def _start(self) -> BlockForm:
         """Put whitened factors in, stage by stage in forward order, and make the form that starts there."""
         options = self.options
-        order = [[t for t in stage if t in self.chosen] for stage in stages(self.streams, self.block, self.targets)]
+        order = [[t for t in stage if t in self.chosen] for stage in self.here.stages()]
         order = [stage for stage in order if stage]
         grams: dict[str, Gram] = {}
         if not options.refresh:
-            with dense_again(self.block, self.targets, self.work.dense_weights):
+            with dense_again(self.block, self.work.dense_weights, self.here.targets):
                 for stage in order:
-                    gram = input_gram(self.streams, self.block, stage[0], self.train)
+                    gram = self.here.input_gram(stage[0], self.train)
                     grams |= {target.kind: gram for target in stage}
         for stage in order:
             if options.refresh:
-                gram = input_gram(self.streams, self.block, stage[0], self.train)
+                gram = self.here.input_gram(stage[0], self.train)
                 grams |= {target.kind: gram for target in stage}
             for target in stage:
                 put_(self.block, {target.kind: self._whitened(target, grams[target.kind])})
@@ -216,6 +215,6 @@ class _Job:
         """The tied factors of SVD-LLM on this Gram: coefficients Q, basis `Q^T W`."""
         weight = self.work.dense_weights[target.name]
         layer = self.block.get_submodule(target.kind)
-        assert isinstance(layer, FactorizedLinear)
+        assert isinstance(layer, FactorizedLayer)
         _, point = Decomposition(weight, Metric(right=gram.side(self.options.damping))).truncate(layer.rank)
         return tied(precise(point), weight)

@@ -10,12 +10,14 @@ from typing import final
 import torch
 from torch import nn
 
-from eckart.blocks import Stream, open_stream, run_tail, split_batches
 from eckart.errors import NumericalError, OptionError
-from eckart.linear import FactorizedLinear, swap_
+from eckart.maths.divergence import from_log_probabilities
+from eckart.model.operators import dense_again
+from eckart.model.residence import residence_of
+from eckart.model.walk import Stream, open_stream, pass_blocks, run_tail, split_batches
 from eckart.progress import track
 from eckart.refiners.base import Refinement, Refiner
-from eckart.self_text import write_windows
+from eckart.text.self_text import write_windows
 
 Tensor = torch.Tensor
 log = logging.getLogger(__name__)
@@ -120,7 +122,7 @@ class Recover(Refiner):
         if work.tokenizer is None:
             raise OptionError("recover.written asks for text by the model, which needs its tokenizer; pass one.")
         generator = torch.Generator().manual_seed(self.seed)
-        with dense_again(work):
+        with dense_again(work.model, work.dense_weights):
             made = write_windows(
                 work.model, work.tokenizer, [], self.written, train.shape[1], generator, progress=work.progress
             )
@@ -129,7 +131,7 @@ class Recover(Refiner):
     def _loss(self, work: Refinement, dense: Stream, index: int) -> Tensor:
         """What is minimised, on one batch."""
         target, found = _log_probabilities(work, dense, index)
-        loss = _kl(target, found)
+        loss = from_log_probabilities(target, found).mean()
         if self.label_weight:
             loss = loss + self.label_weight * _next_token_loss(found, dense.batches[index])
         return loss
@@ -154,48 +156,21 @@ def recut(windows: Tensor, offset: int) -> Tensor:
     return windows.flatten().roll(-offset).reshape(windows.shape)
 
 
-@contextmanager
-def dense_again(work: Refinement) -> Iterator[None]:
-    """The model with its dense weights back in place, for as long as the context lasts."""
-    factorised = {}
-    for name, weight in work.dense_weights.items():
-        old = work.model.get_submodule(name)
-        assert isinstance(old, FactorizedLinear)
-        dense = nn.Linear(weight.shape[1], weight.shape[0], bias=old.bias is not None, device="meta")
-        dense.weight = nn.Parameter(weight, requires_grad=False)
-        if old.bias is not None:
-            dense.bias = nn.Parameter(old.bias.detach(), requires_grad=False)
-        factorised[name] = swap_(work.model, name, dense.train(old.training))
-    try:
-        yield
-    finally:
-        for name, old in factorised.items():
-            swap_(work.model, name, old)
-
-
 @torch.no_grad()
 def _past_the_blocks(work: Refinement, batches: Sequence[Tensor]) -> Stream:
     """What leaves the last block of the dense model, for every batch: far smaller than logits."""
-    with dense_again(work):
-        blocks = work.layout.block_list(work.model)
-        stream = open_stream(work.model, blocks, batches)
-        for block in track(blocks, "dense run", len(blocks), work.progress):
-            for index, hidden, call in stream.inputs():
-                stream.hidden[index] = call.run(block, hidden)
-            stream.position += 1
-    return stream
+    with dense_again(work.model, work.dense_weights):
+        residence = residence_of(work.model, work.layout)
+        stream = open_stream(work.model, residence, batches)
+        return pass_blocks(residence, stream, "dense run", work.progress)
 
 
 def _log_probabilities(work: Refinement, dense: Stream, index: int) -> tuple[Tensor, Tensor]:
     """Of the dense model and of the model, on one batch, `[batch, length, vocabulary]`; gradients flow to the model."""
     with torch.no_grad():
-        target = run_tail(work.model, work.layout.block_list(work.model), dense, index).logits.float().log_softmax(-1)
-    return target, work.model(input_ids=dense.batches[index], use_cache=False).logits.float().log_softmax(-1)
-
-
-def _kl(target: Tensor, found: Tensor) -> Tensor:
-    """Mean over the tokens of KL(dense || model), nats, from log-probabilities."""
-    return nn.functional.kl_div(found, target, reduction="none", log_target=True).sum(-1).mean()
+        target = run_tail(work.model, residence_of(work.model, work.layout), dense, index).logits
+    found = work.model(input_ids=dense.batches[index], use_cache=False).logits
+    return target.float().log_softmax(-1), found.float().log_softmax(-1)
 
 
 def _next_token_loss(found: Tensor, ids: Tensor) -> Tensor:
@@ -210,7 +185,7 @@ def _judge(work: Refinement, dense: Stream) -> tuple[float, float]:
     for index in range(len(dense.batches)):
         target, found = _log_probabilities(work, dense, index)
         sums[0] += float(_next_token_loss(found, dense.batches[index]))
-        sums[1] += float(_kl(target, found))
+        sums[1] += float(from_log_probabilities(target, found).mean())
     loss, kl = (total / len(dense.batches) for total in sums)
     if not math.isfinite(loss):
         raise NumericalError("recover: the held-out loss is NaN or infinite; lower recover.learning_rate.")

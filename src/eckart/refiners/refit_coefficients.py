@@ -7,10 +7,10 @@ import torch
 
 from eckart.errors import NumericalError, OptionError
 from eckart.linalg import DAMPING
-from eckart.linear import FactorizedLinear, KeptColumnsLinear
 from eckart.refiners.base import Refinement, Refiner
-from eckart.statistics import Need
-from eckart.sweep import sweep
+from eckart.statistics.sums import Need
+from eckart.statistics.sweep import sweep
+from eckart.storages import FactorizedLayer, find
 
 Tensor = torch.Tensor
 
@@ -44,7 +44,7 @@ class RefitCoefficients(Refiner):
         for per_block in sweep(work.model, work.layout, work.windows, (Need.INPUT_GRAM,), progress=work.progress):
             for name, statistics in per_block.items():
                 layer = work.model.get_submodule(name)
-                if isinstance(layer, FactorizedLinear) and name in work.dense_weights:
+                if isinstance(layer, FactorizedLayer) and name in work.dense_weights:
                     assert statistics.input_gram is not None
                     residual = work.dense_weights[name].double() - layer.weight.double()
                     gram = statistics.input_gram.matrix
@@ -67,11 +67,13 @@ def correction(residual: Tensor, basis: Tensor, gram: Tensor, damping: float) ->
     return change
 
 
-def whole_basis(layer: FactorizedLinear) -> Tensor:
+def whole_basis(layer: FactorizedLayer) -> Tensor:
     """The basis over all inputs, `[rank, in]`: zero at preserved columns, which stay as they are."""
-    basis = layer.basis.weight
-    if not isinstance(layer, KeptColumnsLinear):
-        return basis
-    wide = basis.new_zeros(layer.rank, layer.in_features)
-    wide[:, layer.column_order[: basis.shape[1]].long()] = basis
+    pair = find(layer.spec()["storage"]).to_pair(layer)
+    if pair.kept_index is None:
+        return pair.basis
+    rest = torch.ones(layer.in_features, dtype=torch.bool, device=pair.basis.device)
+    rest[pair.kept_index] = False
+    wide = pair.basis.new_zeros(layer.rank, layer.in_features)
+    wide[:, rest] = pair.basis
     return wide

@@ -1,0 +1,269 @@
+"""What a person sees: progress bars and tables, on standard error and standard output."""
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, JustifyMethod
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from eckart.progress import Progress, silent
+from eckart.support.not_finite import exp
+
+if TYPE_CHECKING:  # these import torch, which would make `eckart --help` wait
+    from eckart.demo.run import DemoReport
+    from eckart.ledger import Ledger
+    from eckart.model.discovery import Layout
+    from eckart.plans.plan import Plan
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress_bars(quiet: bool) -> Iterator[Progress]:
+    """One bar for each stage, with steps done and time left; nothing at all when piped or quiet."""
+    if quiet or not sys.stderr.isatty():
+        yield silent
+        return
+    columns = (
+        TextColumn("{task.description:<16}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=err) as bars:
+        current: dict[str, TaskID] = {}
+
+        def listen(stage: str, done: int, total: int) -> None:
+            if total == 0:  # nothing to do: no bar
+                return
+            if stage not in current or done == 0:
+                current[stage] = bars.add_task(stage, total=total)
+            bars.update(current[stage], completed=done)
+
+        yield listen
+
+
+def log_to_stderr(level: int) -> None:
+    """Show the library's log lines from `level` on, with the time, on standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("eckart")
+    logger.handlers = [handler]
+    logger.setLevel(level)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], justify: JustifyMethod = "right") -> None:
+    """Print a table; every column but the first is aligned as `justify` says, numbers to the right."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="left" if number == 0 else justify, overflow="fold")
+    for row in rows:
+        made.add_row(*(str(cell) for cell in row))
+    out.print(made)
+    out.print()
+
+
+def show_layout(layout: "Layout") -> None:
+    """Targets by block and kind with shapes and shares; what is left alone, why, and its share."""
+    from eckart.model.discovery import skipped_by_reason
+
+    total = layout.parameters
+    kinds: dict[tuple[str, int, int], list[int]] = {}
+    for target in layout.targets:
+        kinds.setdefault((target.kind, target.out_features, target.in_features), []).append(target.block)
+    rows = [
+        (kind, f"{rows} x {columns}", blocks_text(blocks), f"{len(blocks) * rows * columns:,}",
+         share_text(len(blocks) * rows * columns, total))
+        for (kind, rows, columns), blocks in kinds.items()
+    ]  # fmt: skip
+    rows.append(("all targets", "", "", f"{layout.target_parameters:,}", share_text(layout.target_parameters, total)))
+    table(f"Targets in {layout.blocks}", ("kind", "out x in", "blocks", "parameters", "of the model"), rows)
+    left = [(reason, f"{n:,}", share_text(n, total)) for reason, n in skipped_by_reason(layout).items()]
+    table("Left as it is", ("reason", "parameters", "of the model"), left)
+
+
+def show_spectra(rows: Sequence[dict[str, Any]]) -> None:
+    """The densities of each module, or group of modules, in the metric of the recipe."""
+    columns = ("energy_effective_rank", "effective_rank", "stable_rank", "rank_at_95")
+    cells = [
+        (
+            row["targets"][0] + (f" and {len(row['targets']) - 1} more" if len(row["targets"]) > 1 else ""),
+            f"{row['out']} x {row['in']}",
+            *(f"{row[name]:.1f}" for name in columns),
+        )
+        for row in rows
+    ]
+    heads = ("module", "out x in", "energy eff. rank", "effective rank", "stable rank", "rank at 95 %")
+    table("Spectra", heads, cells)
+
+
+def show_ledger(ledger: "Ledger") -> None:
+    """Parameters and bytes before and after, of the targets and of the whole model."""
+    rows = [
+        ("targets, parameters", f"{ledger.target_parameters_dense:,}", f"{ledger.target_parameters_kept:,}",
+         f"{ledger.keep:.2%}"),
+        ("model, parameters", f"{ledger.model_parameters_dense:,}", f"{ledger.model_parameters_kept:,}",
+         f"{ledger.keep_model:.2%}"),
+        ("model, MB", f"{ledger.model_bytes_dense / 1e6:,.1f}", f"{ledger.model_bytes_kept / 1e6:,.1f}",
+         f"{ledger.model_bytes_kept / ledger.model_bytes_dense:.2%}"),
+    ]  # fmt: skip
+    table("Ledger", ("", "dense", "compressed", "kept"), rows)
+
+
+def show_reached(plan: "Plan") -> None:
+    """What a plan asks and reaches, before any weight is touched."""
+    asked = ", ".join(f"{k} {v:g}" for k, v in plan.asked.items() if isinstance(v, int | float))
+    reached = plan.reached
+    text = f"Asked: {asked}. Plan: keep {reached['keep']:.4f}, model {reached['model_bytes_kept'] / 1e6:,.1f} MB"
+    if (kl := reached.get("predicted_kl")) is not None:
+        text += f", predicted KL {kl:.4f} nats per token (perplexity x{exp(kl):.3f})"
+    if (kl := reached.get("measured_kl")) is not None:
+        text += f", measured {kl:.4f}"
+    out.print(f"{text}.")
+
+
+def show_kl(kl: dict[str, Any]) -> None:
+    """The KL divergence of the finished model beside the prediction for the plan, and on which text."""
+    text = "that calibration did not see" if kl["unseen"] else "of the calibration (the text had no more)"
+    predicted = "" if kl["predicted"] is None else f", {kl['predicted']:.4f} predicted for the plan"
+    out.print(
+        f"KL from the dense model: {kl['measured']:.4f} nats per token measured{predicted}; "
+        f"{kl['windows']} x {kl['length']} tokens {text}."
+    )
+
+
+def show_drift(drift: dict[str, Any]) -> None:
+    """Whether the calibration was long enough: how far the metric still moved."""
+    out.print(
+        f"Over the last quarter of the calibration the metric moved by {drift['median']:.1%} (median of the matrices; "
+        f"{drift['most']:.1%} for {drift['most_of']}). It moves less with more windows."
+    )
+
+
+def show_results(result: dict[str, Any]) -> None:
+    """Perplexity on every corpus and the metrics of every task, dense beside compressed, with the protocols."""
+    rows = []
+    for row in result["results"]:
+        dense = row.get("dense_perplexity")
+        cells = (f"{dense:.2f}", f"{row['perplexity'] / dense:.3f}") if dense else ("-", "-")
+        rows.append(
+            (row["data"], f"{row['windows']} x {row['protocol']['length']}", f"{row['perplexity']:.2f}", *cells)
+        )
+    if rows:
+        table("Perplexity", ("corpus", "windows", "compressed", "dense", "ratio"), rows)
+        first = result["results"][0]["protocol"]
+        out.print(
+            f"Protocol: windows of {first['length']} tokens, stride {first['stride']}, joined by {first['join']!r}, "
+            f"BOS {first['bos']}, mean over {first['mean']}s, dtype {first['dtype']}, {first['device']}."
+        )
+    if result["tasks"]:
+        show_tasks(result["tasks"])
+
+
+def show_tasks(tasks: Sequence[dict[str, Any]]) -> None:
+    """Every metric of every task with its standard error."""
+    rows = []
+    for task in tasks:
+        for name, metric in task["metrics"].items():
+            beside = task.get("dense_metrics", {}).get(name)
+            documents = f"{task['protocol']['documents']} of {task['protocol']['documents_in_all']}"
+            rows.append((task["task"], documents, name, metric_text(metric), metric_text(beside)))
+    table("Tasks", ("task", "documents", "metric", "compressed", "dense"), rows)
+    first = tasks[0]["protocol"]
+    out.print(f"Protocol: {first['harness']}, dtype {first['dtype']}, {first['device']}, no chat template.")
+
+
+def metric_text(metric: dict[str, Any] | None) -> str:
+    if metric is None:
+        return "-"
+    error = f" ± {metric['stderr']:.4f}" if metric["stderr"] is not None else ""
+    return f"{metric['value']:.4f}{error}"
+
+
+def show_bench(result: dict[str, Any]) -> None:
+    """Speed of every batch, dense beside compressed and beside the limit; why it is slow where it is."""
+    rows = []
+    for row in result["rows"]:
+        for phase in ("prefill", "decode"):
+            found = row[phase]
+            spread = f"{found['speedup_low']:.2f}-{found['speedup_high']:.2f}"
+            rows.append(
+                (f"{phase}, batch {row['batch']}", f"{found['tokens_per_second']:,.1f}",
+                 f"{found['dense_tokens_per_second']:,.1f}", f"{found['speedup']:.2f}", spread, f"{found['limit']:.2f}",
+                 f"{found['of_limit']:.0%}", f"{found['limit_with_rest']:.2f}" if "limit_with_rest" in found else "-")
+            )  # fmt: skip
+        first = row["prefill"]
+        rows.append(
+            (f"first token, batch {row['batch']}", f"{first['seconds'] * 1e3:,.1f} ms",
+             f"{first['dense_seconds'] * 1e3:,.1f} ms", "", "", "", "", "")
+        )  # fmt: skip
+    heads = ("", "compressed", "dense", "speed-up", "quartiles", "limit", "of the limit", "limit with the rest")
+    table("Tokens per second", heads, rows)
+    peak = result["peak_bytes"]
+    if peak.get("compressed") and peak.get("dense"):
+        out.print(f"Peak memory: {peak['compressed'] / 1e6:,.0f} MB, dense {peak['dense'] / 1e6:,.0f} MB.")
+    out.print("Limit: multiply-adds (prefill) or bytes read (decode), dense over compressed; with the rest: as far")
+    out.print("as the time goes into products at all.")
+    out.print(
+        f"{result['engine']}, {result['dtype']}, {result['device']}, {result['threads']} threads, "
+        f"prompt {result['rows'][0]['prompt']}, median of {result['repeats']} turns."
+    )
+    if result["slower"]:
+        out.print(f"[bold]Slower than dense:[/bold] {', '.join(result['slower'])}.")
+    for reason in result["reasons"]:
+        out.print(f"- {reason}", markup=False)
+
+
+def show_comparison(made: dict[str, Any]) -> None:
+    """A row a model; a star for each plot on which no other beats it."""
+    from eckart.pages.comparison import labels
+
+    models = made["models"]
+    corpora = list(dict.fromkeys(corpus for row in models for corpus in row["perplexities"]))
+    rows = []
+    for row, name in zip(models, labels(models), strict=True):
+        book, found = row["ledger"], [row["perplexities"].get(corpus) for corpus in corpora]
+        speed = row["decoding"]
+        rows.append(
+            (name, row["recipe"], f"{book['keep']:.2%}", f"{book['model_bytes_kept'] / 1e6:,.1f}",
+             *(f"{one['perplexity']:.2f}" if one else "-" for one in found),
+             f"{speed['tokens_per_second']:,.1f}" if speed else "-", f"{speed['speedup']:.2f}" if speed else "-",
+             " ".join(row["best"]) or "-")
+        )  # fmt: skip
+    heads = ("model", "recipe", "kept", "MB", *(f"perplexity, {Path(corpus).name}" for corpus in corpora))
+    table("Compared", (*heads, "tokens/s", "speed-up", "best by loss and"), rows)
+    if page := made.get("page"):
+        out.print(f"Page: {page}", markup=False)
+
+
+def blocks_text(blocks: Sequence[int]) -> str:
+    """`0-29` for a run without gaps, else a count."""
+    gapless = list(blocks) == list(range(blocks[0], blocks[-1] + 1))
+    if len(blocks) == 1:
+        return str(blocks[0])
+    return f"{blocks[0]}-{blocks[-1]}" if gapless else f"{len(blocks)} of {blocks[0]}-{blocks[-1]}"
+
+
+def share_text(part: int, total: int) -> str:
+    return f"{part / total:.1%}"
+
+
+def show_demo(report: "DemoReport") -> None:
+    """The demo's report."""
+    show_ledger(report.ledger)
+    show_results(report.evaluation)
+    out.print(f"\n[bold]{report.prompt}[/bold] ...")
+    for label, text in report.samples.items():
+        out.print(f"  {label:<11}{' '.join(text.split())}", markup=False)
+    out.print(f"\nDense model       {report.dense_folder}", markup=False)
+    out.print(f"Compressed model  {report.compressed_folder}", markup=False)
+    out.print(f"Report            {report.page}", markup=False)
+    out.print(f"Took {report.seconds / 60:.1f} minutes. Next: eckart inspect, eckart compress, eckart eval (--help).")

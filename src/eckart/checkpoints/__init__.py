@@ -1,0 +1,1 @@
+"""Checkpoints: saved, loaded, converted, and what they say of themselves."""

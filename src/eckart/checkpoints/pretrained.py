@@ -1,0 +1,160 @@
+"""Read models through transformers: silently, completely or not at all, and with errors of one line."""
+
+import json
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from eckart.errors import ModelError, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CONFIG = "config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# What transformers and the readers below it raise for a folder or a hub id that they cannot read.
+UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError)
+
+
+def locate(model: str) -> str | Path:
+    """A folder that holds a model, or a hub id as it is. Asks no network."""
+    folder = Path(model).expanduser()
+    if not model:
+        raise ModelError("the name of the model is empty; name a folder or a hub id.")
+    if folder.is_dir():
+        if not (folder / CONFIG).is_file():
+            raise ModelError(f"{model}: has no {CONFIG}, so it is not the folder of a model.")
+        return folder
+    if folder.exists():
+        raise ModelError(f"{model}: is a file; name the folder of a model, or a hub id.")
+    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise ModelError(f"{model!r}: no such folder.")
+    return model
+
+
+def offline(source: str | Path) -> bool:
+    """True for a folder, and for a hub id when the hub does not answer: its cache is asked alone then.
+
+    Otherwise transformers would try again and again, for half a minute a file.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(source, Path):
+        return True
+    try:
+        HfApi().model_info(source, timeout=10)
+    except HfHubHTTPError:
+        return False  # it answered; why it refuses is said when the files are asked for
+    except Exception:  # whatever the network library raises, which changes with the releases of the hub
+        return True
+    return False
+
+
+def read(
+    loader: Any,
+    source: str | Path,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    kind: type[UserError],
+) -> tuple["PreTrainedModel", list[str], list[str]]:
+    """Read a model by `loader.from_pretrained`, with no word printed.
+
+    Returns the model, what it did not get from the files (missing tensors, and those of another
+    shape) and what of the files it did not use, in words. The caller must not let a model pass that
+    lacks something: transformers has filled it at random. Failures to read are raised as `kind`.
+    """
+    from eckart.portable import hf  # noqa: F401  registers the quantizer
+
+    with quiet(), unreadable(source, kind, "model"):
+        model, info = loader.from_pretrained(
+            str(source),
+            dtype=dtype or "auto",
+            device_map=None if device is None else str(device),
+            local_files_only=offline(source),
+            trust_remote_code=False,
+            # Otherwise transformers raises an error that does not say which tensor it is.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    unmet = [f"{key} is {list(found)} but must be {list(due)}" for key, found, due in sorted(info["mismatched_keys"])]
+    unmet += _few(sorted(info["missing_keys"]), "missing from the files")
+    return model, unmet, _few(sorted(info["unexpected_keys"]), "in the files but not in the model")
+
+
+def _few(keys: list[str], what: str) -> list[str]:
+    """At most one phrase, which names at most two of the keys."""
+    more = f" and {len(keys) - 2} more" if len(keys) > 2 else ""
+    return [f"{', '.join(keys[:2])}{more} {'is' if len(keys) == 1 else 'are'} {what}"] if keys else []
+
+
+def weight_files(folder: Path, kind: type[UserError]) -> list[Path]:
+    """The safetensors files of a folder, each known to be there and whole in structure."""
+    names: list[str] = []
+    if (folder / WEIGHTS).is_file():  # which transformers prefers to an index, too
+        names = [WEIGHTS]
+    elif (folder / INDEX).is_file():
+        names = sorted(set(read_json(folder / INDEX, kind).get("weight_map", {}).values()))
+    if not names:
+        raise kind(f"{folder}: holds no weights: neither {WEIGHTS} nor an {INDEX} that names shards.")
+    for path in (folder / name for name in names):
+        if not path.is_file():
+            raise kind(f"{path}: is missing, though {INDEX} names it; copy or download the folder again.")
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise kind(f"{path}: is damaged ({error}); copy or download it again.") from None
+    return [folder / name for name in names]
+
+
+def read_json(path: Path, kind: type[UserError]) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise kind(f"{path}: no such file, so {path.parent} is not the folder of a model.") from None
+    except (OSError, ValueError) as error:
+        raise kind(f"{path}: cannot be read as JSON: {error}.") from None
+    if not isinstance(data, dict):
+        raise kind(f"{path}: must hold a JSON object.")
+    return data
+
+
+@contextmanager
+def unreadable(source: str | Path, kind: type[UserError], what: str) -> Iterator[None]:
+    """Turn the many errors of a failed read into one line of ours."""
+    try:
+        yield
+    except UNREADABLE as error:
+        where = f"no {what} can be read from it"
+        if not isinstance(source, Path):
+            where = f"no such folder, and no {what} can be read from the hub"
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
+        raise kind(f"{source}: {where}: {reason}") from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no log lines from transformers and the hub meanwhile; afterwards all is as before."""
+    import huggingface_hub.utils
+    from transformers.utils import logging
+
+    hub: Any = huggingface_hub.utils
+    level, hub_level = logging.get_verbosity(), hub.logging.get_verbosity()
+    bars, hub_bars = logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    hub.logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        hub.logging.set_verbosity(hub_level)
+        if bars:
+            logging.enable_progress_bar()
+        (hub.enable_progress_bars if hub_bars else hub.disable_progress_bars)()

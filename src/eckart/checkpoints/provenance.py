@@ -1,0 +1,90 @@
+"""What would let somebody make the same file again: it travels with every checkpoint and result."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+
+from eckart.support.versions import versions
+
+
+def compress_command(
+    source: str | None,
+    *,
+    recipe: str,
+    goal: Mapping[str, Any],
+    storage: str | None = None,
+    calibration: Any,
+    options: Mapping[str, Any],
+    include: Sequence[str],
+    exclude: Sequence[str],
+    device: str,
+    dtype: str,
+) -> str:
+    """The `eckart compress` line that does a run again, be it the library or the command line that did it.
+
+    `goal` maps the flags of what was asked to values, `calibration` is a dataclass whose fields are flags, or None
+    where no text was read. What has its default is left out, but for the text. A model in memory is
+    `MODEL`, the output always `DIR`.
+    """
+    words = ["eckart", "compress", source or "MODEL", "--recipe", recipe]
+    settings = {
+        **goal,
+        "storage": storage,
+        "device": device if device != "cpu" else None,
+        "dtype": dtype if dtype != "auto" else None,
+    }
+    for field in () if calibration is None else fields(calibration):
+        value = getattr(calibration, field.name)
+        if field.name in ("data", "windows", "length") or value != field.default:
+            settings[field.name] = value
+    if "join" in settings:
+        settings["join"] = settings["join"].replace("\n", "\\n").replace("\t", "\\t")
+    for name, value in settings.items():
+        words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+    for name, value in options.items():
+        words += ["--option", f"{name}={_one_way(value)}"]
+    for flag, values in (("--include", include), ("--exclude", exclude)):
+        words += [word for value in values for word in (flag, value)]
+    return shlex.join([*words, "--out", "DIR"])
+
+
+def _one_way(value: Any) -> str:
+    """The same text for 1e-5 and "1e-5", for True and "true", for a list and its commas."""
+    text = value if isinstance(value, str) else ",".join(map(str, value)) if isinstance(value, Sequence) else str(value)
+    try:
+        return str(float(text)) if not text.lstrip("-").isdigit() else text
+    except ValueError:
+        return text.lower() if isinstance(value, bool) else text
+
+
+def make_provenance(
+    *,
+    source: str | None,
+    model: nn.Module,
+    recipe: dict[str, Any],
+    calibration: dict[str, Any] | None,
+    ledger: dict[str, Any],
+    command: str,
+) -> dict[str, Any]:
+    """Model and revision, recipe with every option, data with its hash, ledger, versions.
+
+    No times and no paths but the ones the user named: the same run writes the same bytes.
+    """
+    config = getattr(model, "config", None)
+    return {
+        "model": {
+            "source": source or getattr(config, "_name_or_path", "") or "in memory",
+            "revision": getattr(config, "_commit_hash", None),
+            "class": type(model).__name__,
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            "device": str(next(model.parameters()).device),
+        },
+        "command": command,
+        "recipe": recipe,
+        "calibration": calibration,
+        "ledger": ledger,
+        "versions": versions(),
+    }

@@ -1,0 +1,34 @@
+"""`spectra.json` of a checkpoint (docs/format.md): what reports show of the spectra, written once by `compress`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eckart.checkpoints import pretrained
+from eckart.errors import CheckpointError
+from eckart.support.not_finite import numbers, to_json
+
+NAME, FORMAT, VERSION = "spectra.json", "eckart-spectra", 1
+
+
+def write(folder: Path, summaries: Sequence[Mapping[str, Any]]) -> None:
+    """Write `density.summary` of each group, a group a line; nothing without groups."""
+    if summaries:
+        rows = ",\n".join(to_json(row) for row in summaries)
+        text = f'{{"format": "{FORMAT}", "version": {VERSION}, "groups": [\n{rows}\n]}}\n'
+        (folder / NAME).write_text(text, encoding="utf-8")
+
+
+def read(folder: str | Path) -> list[dict[str, Any]]:
+    """The summaries in a checkpoint, empty if it has none. Raises `CheckpointError` when they cannot be read."""
+    path = Path(folder) / NAME
+    if not path.exists():
+        return []
+    found = numbers(pretrained.read_json(path, CheckpointError))
+    groups = found.get("groups")
+    if found.get("format") != FORMAT or found.get("version") != VERSION or not isinstance(groups, list):
+        raise CheckpointError(
+            f"{path}: format {found.get('format')!r} version {found.get('version')!r}, but this eckart reads "
+            f"{FORMAT!r} version {VERSION}; delete the file, which only reports read, or take the eckart that wrote it."
+        )
+    return groups

@@ -1,0 +1,1 @@
+"""Other people's engines: ONNX, OpenVINO, vLLM, PEFT."""

@@ -1,0 +1,184 @@
+"""Perplexity, KL divergence and tasks with their whole protocol stated, dense beside compressed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+import torch
+
+from eckart.checkpoints import checkpoint
+from eckart.errors import NumericalError, OptionError
+from eckart.evaluation import tasks
+from eckart.maths.divergence import from_log_probabilities
+from eckart.measuring.perplexity import ROWS, Perplexity, nll_of, window_logits
+from eckart.measuring.protocol import Mean, Protocol, ProtocolOptions
+from eckart.progress import Progress, silent, track
+from eckart.support import dtypes
+from eckart.support.versions import versions
+from eckart.text import data
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Tensor = torch.Tensor
+
+
+def evaluate(
+    model: "str | Path | PreTrainedModel",
+    *,
+    against: "str | Path | PreTrainedModel | None" = None,
+    data_specs: Sequence[str] | None = None,
+    task_names: Sequence[str] = (),
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    progress: Progress = silent,
+    **options: Unpack[ProtocolOptions],
+) -> dict[str, Any]:
+    """Measure a model, and the dense one beside it, on every corpus and task with one protocol.
+
+    `data_specs` None means `wikitext2`, or no text when there are tasks. `task_names` are those of the LM
+    Evaluation Harness, or `papers` for the seven of the papers; `include_path` is a folder with more tasks
+    as YAML, `limit` the most documents of each. `options` are the fields of `eckart.measuring.protocol.Protocol`:
+    `windows` (None: the whole text), `length`, `seed`, `join`, `bos`, `mean`, `device`, `dtype`. Returns plain data:
+    `results[i]` holds the corpus, `perplexity`, with `against` also `dense_perplexity` and `kl`, the KL divergence
+    of the predictions from the dense model's in nats per token, and the protocol with the hash of the token ids;
+    `tasks[i]` the task, `metrics`, `dense_metrics` and the protocol; `provenance` what the checkpoint says of how it
+    was made. Raises `OptionError` for an unknown option or task, a missing extra `eval` or an `against` with another
+    vocabulary, and `DataError` when data cannot be had.
+    """
+    protocol = Protocol(**options)
+    run = tasks.make_run(task_names, include_path, limit)
+    if data_specs is None:
+        data_specs = () if run.names else ("wikitext2",)
+    tokenizer = tokenizer or checkpoint.load_tokenizer(_path(model))
+    corpora = [protocol.corpus(spec, tokenizer) for spec in data_specs]
+    compressed = _loaded(model, protocol)
+    dense = None if against is None else _loaded(against, protocol)
+    figures = [_measure(compressed, dense, corpus, protocol, progress) for corpus in corpora]
+    said = protocol.to_dict(_dtype(compressed))
+    if dense is not None and _dtype(dense) != _dtype(compressed):
+        said["dense_dtype"] = _dtype(dense)
+    results = [
+        {"data": spec, **row, "protocol": {**said, **corpus.recipe.to_dict()}}
+        for spec, row, corpus in zip(data_specs, figures, corpora, strict=True)
+    ]
+    return {
+        "format": "eckart-eval",
+        "version": 1,
+        "model": _label(model),
+        "against": None if against is None else _label(against),
+        "results": results,
+        "tasks": _tasks(run, compressed, dense, tokenizer, said),
+        "provenance": _provenance(model),
+        "versions": versions(),
+    }
+
+
+def _loaded(model: "str | Path | PreTrainedModel", protocol: Protocol) -> "PreTrainedModel":
+    """A model by name on the protocol's device and in its dtype; one in memory as it is."""
+    if not isinstance(model, str | Path):
+        return model.eval()
+    loaded = checkpoint.load_model(str(model), device=protocol.device)
+    dtypes.compute_in_(loaded, protocol.dtype)
+    return loaded.eval()
+
+
+def _measure(
+    compressed: "PreTrainedModel",
+    dense: "PreTrainedModel | None",
+    corpus: data.Windows,
+    protocol: Protocol,
+    progress: Progress,
+) -> dict[str, float]:
+    """The figures of one corpus, both models side by side on each window."""
+    models = [compressed] if dense is None else [compressed, dense]
+    for model in models:
+        data.check_length(corpus, model)
+    pieces = list(corpus.ids)
+    if protocol.mean == "window" and len(corpus.tail) > 1:
+        pieces.append(corpus.tail)
+    sums: list[list[Tensor]] = [[] for _ in models]
+    divergences: list[Tensor] = []
+    for window in track(pieces, "measure", len(pieces), progress):
+        logits = [window_logits(model, window) for model in models]
+        for of_model, found in zip(sums, logits, strict=True):
+            of_model.append(nll_of(found, window))
+        if dense is not None:
+            divergences.append(_divergence(*logits))
+    counts = [len(window) - 1 for window in pieces]
+    figures = _figures(Perplexity.of(sums[0], counts, protocol.mean))
+    if dense is not None:
+        beside = _figures(Perplexity.of(sums[1], counts, protocol.mean))
+        figures |= {f"dense_{key}": value for key, value in beside.items()}
+        figures["kl"] = _mean(divergences, counts, protocol.mean)
+    return figures
+
+
+@torch.inference_mode()
+def _divergence(found: Tensor, expected: Tensor) -> Tensor:
+    """KL(dense || compressed) in nats, summed over the tokens of a window, from logits `[tokens, vocabulary]`."""
+    if found.shape != expected.shape:
+        raise OptionError(
+            f"against has a vocabulary of {expected.shape[-1]} tokens, but the model one of {found.shape[-1]}; give "
+            "the dense model that it was made from."
+        )
+    total = torch.zeros((), dtype=torch.float64)
+    for ours, theirs in zip(torch.split(found, ROWS), torch.split(expected.to(found.device), ROWS), strict=True):
+        of_tokens = from_log_probabilities(theirs.float().log_softmax(-1), ours.float().log_softmax(-1))
+        total += of_tokens.double().sum().cpu()
+    return total
+
+
+def _mean(sums: Sequence[Tensor], counts: Sequence[int], mean: Mean) -> float:
+    """Nats per token, in the protocol's mean. Raises `NumericalError` for what is not finite."""
+    totals, tokens = torch.stack(list(sums)), torch.tensor(counts, dtype=torch.float64)
+    if not torch.isfinite(totals).all():
+        raise NumericalError("the KL divergence from the dense model is NaN or infinite; evaluate in float32.")
+    return float(totals.sum() / tokens.sum() if mean == "token" else (totals / tokens).mean())
+
+
+def _tasks(
+    run: tasks.TaskRun,
+    compressed: "PreTrainedModel",
+    dense: "PreTrainedModel | None",
+    tokenizer: "PreTrainedTokenizerBase",
+    said: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """A row for each task, with the dense model's metrics beside."""
+    if not run.names:
+        return []
+    rows = tasks.run_tasks(run, compressed, tokenizer)
+    beside = [] if dense is None else tasks.run_tasks(run, dense, tokenizer)
+    computed = {key: value for key, value in said.items() if key.endswith(("dtype", "device"))}
+    return [
+        {
+            **row,
+            **({"dense_metrics": beside[number]["metrics"]} if beside else {}),
+            "protocol": {**computed, **row["protocol"]},
+        }
+        for number, row in enumerate(rows)
+    ]
+
+
+def _dtype(model: "PreTrainedModel") -> str:
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def _provenance(model: "str | Path | PreTrainedModel") -> dict[str, Any]:
+    """What the checkpoint says of how it was made; empty for a dense model or one in memory."""
+    return checkpoint.read_provenance(model) if isinstance(model, str | Path) and Path(model).is_dir() else {}
+
+
+def _figures(result: Perplexity) -> dict[str, float]:
+    return {"perplexity": result.value, "nll": result.nll, "tokens": result.tokens, "windows": result.windows}
+
+
+def _path(model: "str | Path | PreTrainedModel") -> str:
+    if isinstance(model, str | Path):
+        return str(model)
+    raise OptionError("a model in memory comes without its tokenizer; pass tokenizer=...")
+
+
+def _label(model: "str | Path | PreTrainedModel") -> str:
+    return str(model) if isinstance(model, str | Path) else type(model).__name__

@@ -1,0 +1,1 @@
+"""A model as eckart sees it: its blocks, its linear maps, and the walk through them."""

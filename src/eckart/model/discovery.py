@@ -1,0 +1,153 @@
+"""Find the decoder blocks of a model and the linear layers inside, by structure alone.
+
+The blocks are the `nn.ModuleList` with the most parameters below the decoder (`get_decoder()` where
+the model has one, so that a vision tower is never mistaken for it). Targets are the linear layers
+inside. Everything else is reported, with the reason.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from eckart.errors import ModelError
+from eckart.portable.linear import is_factorized, is_linear, shape_of, weight_view
+from eckart.types import Skipped, Target
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What was found: the blocks' path, the targets in model order, and all that is left alone.
+
+    `parameters` counts every distinct parameter of the model once (tied weights once).
+    """
+
+    blocks: str
+    targets: tuple[Target, ...]
+    skipped: tuple[Skipped, ...]
+    parameters: int
+
+    def in_block(self, index: int) -> list[Target]:
+        """The targets of one block, in model order."""
+        return [target for target in self.targets if target.block == index]
+
+    @property
+    def target_parameters(self) -> int:
+        return sum(target.parameters for target in self.targets)
+
+
+def discover(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Layout:
+    """List the targets of a model.
+
+    `include` and `exclude` are shell patterns on the dotted name of a linear layer or on its name
+    inside its block (`*.down_proj`, `self_attn.*`); with `include`, only what matches is taken.
+    Raises `ModelError` when there is nothing to compress.
+    """
+    path, blocks = _find_blocks(model)
+    targets, reasons = [], {}
+    for index, block in enumerate(blocks):
+        for kind, module in block.named_modules():
+            name = f"{path}.{index}.{kind}"
+            if is_factorized(module):
+                raise ModelError(f"{name}: is factorised already; compress the original model instead.")
+            if not is_linear(module):
+                continue
+            out_features, in_features = shape_of(module)
+            target = Target(name, index, kind, out_features, in_features, module.bias is not None)
+            reason = _unwanted(target, include, exclude)
+            if reason:
+                reasons[f"{name}.weight"] = reason
+            else:
+                targets.append(target)
+    if not targets:
+        why = f" ({next(iter(reasons.values()))})" if reasons else ""
+        raise ModelError(
+            f"{type(model).__name__}: no linear layer to compress in {path!r}{why}; eckart factorises "
+            "nn.Linear and Conv1D inside decoder blocks."
+        )
+    parameters = sum(p.numel() for p in model.parameters())
+    return Layout(path, tuple(targets), _skipped(model, path, targets, reasons), parameters)
+
+
+def check_finite(model: nn.Module, targets: Sequence[Target]) -> None:
+    """Raise `ModelError` that names the first target whose weight holds NaN or infinity."""
+    for target in targets:
+        weight = weight_view(model.get_submodule(target.name))
+        # A sum is finite only if every term is, save for overflow, which the second test excludes.
+        if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
+            bad = int((~torch.isfinite(weight)).sum())
+            raise ModelError(
+                f"{target.name}: {bad} of {weight.numel()} weights are NaN or infinite; the checkpoint is "
+                "damaged. Download it again, or leave this layer out with --exclude."
+            )
+
+
+def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    root = model
+    if callable(getattr(model, "get_decoder", None)):
+        decoder = model.get_decoder()  # type: ignore[operator]
+        root = decoder if isinstance(decoder, nn.Module) else model
+    prefix = next((name for name, module in model.named_modules() if module is root), "")
+    lists = [(n, m) for n, m in root.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not lists:
+        raise ModelError(
+            f"{type(model).__name__}: has no list of repeated decoder blocks, so there is nothing to compress."
+        )
+    name, blocks = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    return ".".join(part for part in (prefix, name) if part), blocks
+
+
+def _unwanted(target: Target, include: Sequence[str], exclude: Sequence[str]) -> str | None:
+    """Why a linear layer inside a block is not a target, or None."""
+
+    def hits(patterns: Sequence[str]) -> str | None:
+        return next((p for p in patterns if fnmatchcase(target.name, p) or fnmatchcase(target.kind, p)), None)
+
+    if include and not hits(include):
+        return "matches no --include pattern"
+    if pattern := hits(exclude):
+        return f"matches --exclude {pattern}"
+    if min(target.out_features, target.in_features) < 2:
+        return "a vector: no rank below full"
+    return None
+
+
+def _skipped(model: nn.Module, path: str, targets: Sequence[Target], reasons: dict[str, str]) -> tuple[Skipped, ...]:
+    taken = {f"{target.name}.weight" for target in targets}
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    result = []
+    for name, parameter in model.named_parameters():
+        if name in taken:
+            continue
+        shared = [other for other in names[id(parameter)] if other != name]
+        reason = reasons.get(name) or _reason(model, name, parameter, path)
+        if shared:
+            reason += f", tied with {shared[0]}"
+        result.append(Skipped(name, parameter.numel(), reason))
+    return tuple(result)
+
+
+def _reason(model: nn.Module, name: str, parameter: torch.Tensor, path: str) -> str:
+    module = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if parameter.dim() == 1:
+        return "bias" if name.endswith("bias") else "vector (norm or scale)"
+    if not name.startswith(path + "."):
+        return "linear outside the decoder blocks" if is_linear(module) else "outside the decoder blocks"
+    if parameter.dim() == 3:
+        return "fused 3-D parameter (experts): not a linear layer"
+    return f"parameter of {type(module).__name__}, not a linear layer"
+
+
+def skipped_by_reason(layout: Layout) -> dict[str, int]:
+    """Parameters left alone, added up by reason, largest first."""
+    total: Counter[str] = Counter()
+    for skipped in layout.skipped:
+        total[skipped.reason] += skipped.parameters
+    return dict(total.most_common())

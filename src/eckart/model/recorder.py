@@ -1,0 +1,42 @@
+"""What passes through the linear maps of one block during a run."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from eckart.model.operators import operator
+from eckart.types import Target
+
+Tensor = torch.Tensor
+
+
+class Recorder:
+    """Keeps the inputs and outputs of a block's targets; with `own_inputs` each reads a view of its own."""
+
+    def __init__(self, block: nn.Module, targets: Sequence[Target], *, own_inputs: bool = False) -> None:
+        self.seen: list[tuple[Target, Tensor, Tensor]] = []
+        self.handles: list[Any] = []
+        for target in targets:
+            self.handles += operator(block, target.kind).listen(partial(self._keep, target), own_input=own_inputs)
+
+    def _keep(self, target: Target, x: Tensor, y: Tensor) -> None:
+        self.seen.append((target, x, y))
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def by_input(self) -> list[tuple[Tensor, list[tuple[Target, Tensor]]]]:
+        """The recorded calls, gathered by the identity of their input tensor, then forgotten."""
+        sets: dict[tuple[object, ...], tuple[Tensor, list[tuple[Target, Tensor]]]] = {}
+        for target, x, y in self.seen:
+            key = (x.data_ptr(), x.shape, x.stride(), x._version)
+            sets.setdefault(key, (x, []))[1].append((target, y))
+        self.seen = []
+        return list(sets.values())

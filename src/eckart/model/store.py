@@ -1,0 +1,33 @@
+"""What is carried between blocks: hidden states, batch by batch, under the one roof that decides where they lie."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+Tensor = torch.Tensor
+
+
+class Store:
+    """The states of some batches, each `[batch, seq, width]`, to be read and replaced one at a time.
+
+    In memory, on the device where they were made. A copy shares the tensors: to replace one in a copy changes
+    nothing in the other.
+    """
+
+    def __init__(self, states: Iterable[Tensor]) -> None:
+        self._states = list(states)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._states[index]
+
+    def __setitem__(self, index: int, state: Tensor) -> None:
+        self._states[index] = state
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._states)
+
+    def copy(self) -> "Store":
+        return Store(self._states)

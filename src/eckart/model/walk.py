@@ -1,0 +1,172 @@
+"""Walk through a model block by block, with the hidden states of any number of streams in hand.
+
+    stream = open_stream(model, residence, batches)
+    for at in walk(residence, stream):
+        ...                                # block `at.index` is at hand; what the caller does not move, the walk does
+
+This is the one loop over blocks. It asks the residence for each block, so that whoever walks need not know where the
+weights are. A stream holds the states that enter its next block; streams with other states of the same batches
+(what a compressed model has there, what a candidate plan has) walk side by side.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from eckart.model.calls import HIDDEN, Call, capture, forwards_replaced
+from eckart.model.residence import Residence
+from eckart.model.store import Store
+from eckart.portable.linear import swap_
+from eckart.progress import Progress, silent, track
+
+Tensor = torch.Tensor
+
+BATCH_TOKENS = 2048  # in a batch: enough for products at full speed, few enough to keep activations small
+
+
+@dataclass
+class Stream:
+    """The hidden states of some windows before block `position`, batch by batch.
+
+    `batches[i]` is `[batch, seq]` token ids, `states[i]` `[batch, seq, width]`; `calls[i][b]` is how the model calls
+    block b on batch i.
+    """
+
+    batches: tuple[Tensor, ...]
+    states: Store
+    calls: list[list[Call]]
+    returns_tuple: bool
+    position: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(batch.numel() for batch in self.batches)
+
+    def branch(self, states: Sequence[Tensor] | Store | None = None, position: int | None = None) -> "Stream":
+        """Another stream of the same batches, from here or from other states; each goes its own way."""
+        store = self.states.copy() if states is None else Store(states)
+        return replace(self, states=store, position=self.position if position is None else position)
+
+
+@dataclass(frozen=True)
+class At:
+    """Where a walk is: `block` is number `index`, with its weights at hand."""
+
+    index: int
+    block: nn.Module
+
+    def run(self, stream: Stream, batch: int, state: Tensor | None = None, block: Any = None) -> Tensor:
+        """The block's output `[batch, seq, width]` for one batch of a stream; the stream stays where it is.
+
+        `state` in the place of the stream's own, `block` for what stands in for the block.
+        """
+        entering = stream.states[batch] if state is None else state
+        return stream.calls[batch][self.index].run(block or self.block, entering)
+
+    def outputs(self, stream: Stream, states: Sequence[Tensor] | Store | None = None) -> list[Tensor]:
+        """The block's outputs for all batches of a stream, or for other states of them."""
+        entering = stream.states if states is None else states
+        return [self.run(stream, batch, state) for batch, state in enumerate(entering)]
+
+    def steps(self, stream: Stream) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Move a stream past the block: `(batch, what entered, what left)`, one batch after the other."""
+        for batch, entering in enumerate(stream.states):
+            leaving = self.run(stream, batch)
+            stream.states[batch] = leaving
+            yield batch, entering, leaving
+        stream.position = self.index + 1
+
+    def advance(self, stream: Stream) -> None:
+        """Move a stream past the block."""
+        for _ in self.steps(stream):
+            pass
+
+
+def walk(
+    residence: Residence,
+    *streams: Stream,
+    first: int = 0,
+    backward: bool = False,
+    stage: str = "",
+    progress: Progress = silent,
+) -> Iterator[At]:
+    """Yield one block after another, from `first` on, or from the last to the first.
+
+    Forward, every stream that stands before the block when the caller comes back is moved past it. `stage` names what
+    runs for whoever listens. Gradients flow as the caller says.
+    """
+    order = range(len(residence) - 1, first - 1, -1) if backward else range(first, len(residence))
+    for index in track(order, stage, len(order), progress if stage else silent):
+        with residence.block(index) as block:
+            at = At(index, block)
+            yield at
+            for stream in () if backward else streams:
+                if stream.position == index:
+                    at.advance(stream)
+
+
+def pass_blocks(residence: Residence, stream: Stream, stage: str = "", progress: Progress = silent) -> Stream:
+    """Move a stream past all blocks that are before it, and return it."""
+    for _ in walk(residence, stream, first=stream.position, stage=stage, progress=progress):
+        pass
+    return stream
+
+
+def split_batches(windows: Tensor, batch_tokens: int = BATCH_TOKENS) -> tuple[Tensor, ...]:
+    """Cut `[windows, length]` token ids into batches of about `batch_tokens` tokens."""
+    return torch.split(windows, max(1, batch_tokens // windows.shape[1]))
+
+
+@torch.no_grad()
+def open_stream(model: nn.Module, residence: Residence, batches: Sequence[Tensor]) -> Stream:
+    """The states of every batch `[batch, seq]` before the first block, and how the model calls each block."""
+    with residence.block(0):
+        captured = capture(model, residence.structure, batches)
+    return Stream(tuple(batches), Store(captured.hidden), captured.calls, captured.returns_tuple)
+
+
+def run_tail(
+    model: nn.Module, residence: Residence, stream: Stream, batch: int, part: tuple[slice, slice] | None = None
+) -> Any:
+    """Run what follows the last block on one batch: final norm and head.
+
+    The stream must have passed every block; none of them runs again. `part` takes some of the batch's windows and
+    positions. Gradients flow to `stream.states[batch]` if it asks for them.
+    """
+    assert stream.position == len(residence)
+    ids, state = stream.batches[batch], stream.states[batch]
+    if part is not None:
+        ids, state = ids[part], state[part]
+    return tail_of(model, residence, ids, state, stream.returns_tuple)
+
+
+def tail_of(model: nn.Module, residence: Residence, ids: Tensor, state: Tensor, returns_tuple: bool) -> Any:
+    """What the model makes of the states `[batch, seq, width]` that leave its last block, for these token ids."""
+    last = len(residence) - 1
+
+    def fake(number: int, real: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            result = state if number == last else kwargs[HIDDEN] if HIDDEN in kwargs else args[0]
+            return (result,) if returns_tuple else result
+
+        return forward
+
+    with forwards_replaced(residence.structure, fake):
+        return model(input_ids=ids, use_cache=False)
+
+
+@contextmanager
+def replaced(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[None]:
+    """These layers in the places of the submodules of their names, for as long as the context lasts."""
+    before: dict[str, nn.Module] = {}
+    try:
+        for name, layer in layers.items():
+            before[name] = swap_(model, name, layer)
+        yield
+    finally:
+        for name, layer in before.items():
+            swap_(model, name, layer)

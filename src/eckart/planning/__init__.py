@@ -1,0 +1,1 @@
+"""From decompositions to a plan that meets a goal."""

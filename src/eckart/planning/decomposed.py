@@ -1,0 +1,138 @@
+"""The groups of a model, each decomposed once: spectra to plan with, and layers at any rank."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from eckart.factorizers.base import Factorizer, GroupDecomposition
+from eckart.model.discovery import Layout
+from eckart.model.factorise import factorized_layers
+from eckart.model.operators import operator
+from eckart.model.residence import residence_of
+from eckart.model.walk import walk
+from eckart.progress import Progress, silent
+from eckart.statistics.sums import GroupStatistics, Statistics
+from eckart.statistics.sweep import sweep
+from eckart.types import Entry, Group, Spectrum
+
+Tensor = torch.Tensor
+log = logging.getLogger(__name__)
+
+
+class Decomposed(Mapping[str, GroupDecomposition]):
+    """The decompositions of some groups, by name, in their order."""
+
+    def __init__(self, model: nn.Module, groups: Sequence[Group], parts: Mapping[str, GroupDecomposition]) -> None:
+        self.model, self.groups = model, list(groups)
+        self._parts = {group.name: parts[group.name] for group in groups}
+
+    def __getitem__(self, name: str) -> GroupDecomposition:
+        return self._parts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    @property
+    def spectra(self) -> list[Spectrum]:
+        return [part.spectrum for part in self._parts.values()]
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the metric says what a cut costs in the model's loss."""
+        return all(spectrum.nats is not None for spectrum in self.spectra)
+
+    @property
+    def drift(self) -> dict[str, Any]:
+        """How far the metric moved over the last quarter of the calibration: the median, and the most with its name."""
+        moved = {name: part.drift for name, part in self._parts.items() if part.drift is not None}
+        if not moved:
+            return {}
+        most = max(moved, key=moved.__getitem__)
+        return {"median": median(moved.values()), "most": moved[most], "most_of": most}
+
+    def settle(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Let the decompositions decide what the allocator left to them (preserved columns)."""
+        return [entry if entry.rank is None else self[entry.name].settle(entry) for entry in entries]
+
+    def cut(self, group: Group, entry: Entry) -> dict[str, nn.Module]:
+        """Factorised layers for the members of a group at the entry's rank, by name; none for one that stays dense.
+
+        Pairs, or pairs with preserved columns, whatever the entry's storage (`eckart.model.factorise.store_`).
+        """
+        if entry.rank is None:
+            return {}
+        return factorized_layers(self.model, group, self[group.name].truncate(entry.rank, entry.kept))
+
+    def drop(self, name: str) -> None:
+        """Forget a decomposition, once its factors are in the model for good."""
+        del self._parts[name]
+
+
+def decompose(
+    model: nn.Module,
+    layout: Layout,
+    groups: Sequence[Group],
+    factorizer: Factorizer,
+    windows: Tensor | None,
+    *,
+    spill: Path | None = None,
+    progress: Progress = silent,
+) -> Decomposed:
+    """Decompose every group once.
+
+    `windows` is `[windows, length]` token ids, or None for a factorizer without needs. A group is
+    decomposed as soon as the sweep has passed all its members, and statistics that no other group
+    waits for are dropped at once, so that the Grams of one block are in memory, not of all. With `spill`, a folder,
+    decompositions are moved there as they are made.
+    """
+    done: dict[str, GroupDecomposition] = {}
+    waiting = list(groups)
+    weights: dict[str, Tensor] = {}
+    statistics: dict[str, Statistics] = {}
+    for reached in _sweep(model, layout, groups, factorizer, windows, progress):
+        statistics |= reached
+        weights |= {name: operator(model, name).weight for name in reached}
+        for group in [group for group in waiting if all(name in weights for name in group.names)]:
+            members = GroupStatistics(tuple(statistics[name] for name in group.names) if factorizer.needs else ())
+            made = factorizer.decompose(group, [weights[name] for name in group.names], members)
+            made.drift = members.drift
+            made.close()
+            if spill is not None:
+                made.spill(spill)
+            done[group.name] = made
+        waiting = [group for group in waiting if group.name not in done]
+        needed = {name for group in waiting for name in group.names}
+        statistics = {name: value for name, value in statistics.items() if name in needed}
+        weights = {name: value for name, value in weights.items() if name in needed}
+    for note, count in Counter(made.note for made in done.values() if made.note).items():
+        log.warning("%s (%d of %d groups)", note, count, len(done))
+    return Decomposed(model, groups, done)
+
+
+def _sweep(
+    model: nn.Module,
+    layout: Layout,
+    groups: Sequence[Group],
+    factorizer: Factorizer,
+    windows: Tensor | None,
+    progress: Progress,
+) -> Iterator[Mapping[str, Statistics]]:
+    """Statistics of one block after another, with its weights at hand; empty ones for a factorizer without needs."""
+    if not groups:
+        return
+    if factorizer.needs:
+        assert windows is not None
+        sharing = {name for group in groups if len(group.targets) > 1 for name in group.names}
+        yield from sweep(model, layout, windows, factorizer.needs, whole_gram=sharing, progress=progress)
+        return
+    for at in walk(residence_of(model, layout), stage="decompose", progress=progress):
+        yield {target.name: Statistics() for target in layout.in_block(at.index)}

@@ -1,0 +1,102 @@
+"""What is compressed, and the text that it is calibrated on."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from eckart import ledger
+from eckart.checkpoints import checkpoint
+from eckart.errors import OptionError
+from eckart.ledger import Ledger
+from eckart.measuring.held_out import WINDOWS as SPARE
+from eckart.model.discovery import Layout, check_finite, discover
+from eckart.plans import Plan, resolve
+from eckart.progress import Stages
+from eckart.support import dtypes
+from eckart.text import data
+from eckart.text.calibration import Calibration
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Tensor = torch.Tensor
+log = logging.getLogger("eckart.run")
+
+
+@dataclass
+class Loaded:
+    """A model that is to be compressed, in the dtype that it computes in; `source` is its name, if it has one."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    layout: Layout
+    stored_dtype: torch.dtype
+    source: str | None
+
+    def ledger(self, plan: Plan) -> Ledger:
+        """What a plan costs in the dtype that is stored."""
+        groups, entries = resolve(plan, self.layout.targets)
+        return ledger.make_ledger(groups, entries, self.layout.parameters, self.stored_dtype.itemsize)
+
+
+def load(
+    model: "str | PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    device: str = "cpu",
+    dtype: str = "auto",
+    stages: Stages,
+) -> Loaded:
+    """Load a model by name, or take one in memory, and find its targets.
+
+    Raises `OptionError` for a model in memory without its tokenizer, `ModelError` for what cannot be read or has
+    nothing to compress.
+    """
+    named = dtypes.named(dtype)
+    with stages("load", counts=True):
+        source = model if isinstance(model, str) else None
+        if isinstance(model, str):
+            found = checkpoint.load_model(model, device=device)
+            tokenizer = tokenizer or checkpoint.load_tokenizer(model)
+        elif tokenizer is None:
+            raise OptionError("a model in memory comes without its tokenizer; pass tokenizer=...")
+        else:
+            found = model
+        stored = named or found.dtype
+        dtypes.cast_(found, dtypes.compute_dtype(stored, found.device))
+        found.eval()
+    layout = discover(found, include, exclude)
+    log.info("%s: %d targets in %s", type(found).__name__, len(layout.targets), layout.blocks)
+    check_finite(found, layout.targets)
+    return Loaded(found, tokenizer, layout, stored, source)
+
+
+@dataclass
+class Text:
+    """The text of a calibration, read when it is first asked for. `windows` says whether it was."""
+
+    calibration: Calibration
+    loaded: Loaded
+    stages: Stages
+    windows: data.Windows | None = field(default=None, init=False)
+
+    def read(self) -> data.Windows:
+        """The windows, with more of the same text set apart."""
+        if self.windows is None:
+            with self.stages("data"):
+                spec = asdict(self.calibration)
+                self.windows = data.load_windows(
+                    spec.pop("data"), self.loaded.tokenizer, model=self.loaded.model, spare=SPARE, **spec
+                )
+                data.check_length(self.windows, self.loaded.model)
+                log.info("calibration: %s", self.windows.recipe)
+        return self.windows
+
+    def ids(self) -> Tensor:
+        """`[windows, length]` token ids on the model's device."""
+        return self.read().ids.to(self.loaded.model.device)

@@ -1,0 +1,206 @@
+"""From decompositions to a plan that meets a goal: decompose and observe once, meet the goal, then correct.
+
+No weight is touched for good.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from eckart import ledger, recipes
+from eckart.allocators.base import Allocator, Probe
+from eckart.allocators.uniform import Uniform
+from eckart.measuring.held_out import HeldOut
+from eckart.measuring.probes import SlicingProbe, in_place, measure_parts, split_for_search
+from eckart.measuring.scene import Scene, observe
+from eckart.planning.correction import Correction, corrected
+from eckart.planning.decomposed import Decomposed, decompose
+from eckart.planning.goals import Goal, header_bytes, meet, predicted_kl
+from eckart.planning.loaded import Loaded, Text
+from eckart.plans import Plan, resolve
+from eckart.plans.figures import summary, with_figures
+from eckart.progress import Stages
+from eckart.recipes import Recipe
+from eckart.support.cache import cache_folder
+from eckart.support.versions import versions
+from eckart.support.work import Key, WorkFolder
+from eckart.types import Budget, Entry, Group, Part, Spectrum
+
+
+@dataclass
+class Planned:
+    """A plan and what it was made from. `held_out` knows what the dense model says, where the metric predicts that."""
+
+    plan: Plan
+    decomposed: Decomposed
+    held_out: HeldOut | None = None
+    summaries: list[dict[str, Any]] = field(default_factory=list)
+
+
+def make_plan(
+    loaded: Loaded,
+    text: Text,
+    recipe: Recipe,
+    goal: Goal,
+    *,
+    rank_multiple: int = 1,
+    work: Path | None = None,
+    spill: Path | None = None,
+    stages: Stages,
+) -> Planned:
+    """The plan of a recipe that meets a goal; where the recipe predicts its loss, corrected by what is measured."""
+    groups = recipe.make_grouping().groups(loaded.layout.targets)
+    if goal.keep is not None:
+        ledger.check_reachable(groups, goal.keep, rank_multiple, recipe.storage)
+    decomposed = decompose_for(loaded, text, recipe, groups, spill=spill, stages=stages)
+    held_out = hold_out(loaded, text, decomposed)
+    asked = _Asked(loaded, recipe, goal, rank_multiple, decomposed, stages)
+    allocator = recipe.make_allocator()
+    spectra = _observed(asked, text, allocator, work)
+    allocate = _allocation(asked, text, allocator, work)
+
+    def answer(correction: Correction | None) -> Plan:
+        return asked.meet(allocate, spectra if correction is None else correction.apply(spectra))
+
+    plan, level = answer(None), allocator.correction_level()
+    if held_out is not None and level != "off":
+        measure, kl = partial(_measure, asked, held_out, plan), partial(_kl, asked, held_out)
+        plan = corrected(goal, plan, answer, spectra, level, measure, kl)
+    return Planned(plan, decomposed, held_out, [summary(spectrum) for spectrum in spectra])
+
+
+def take_plan(
+    loaded: Loaded, text: Text, recipe: Recipe, given: Plan, *, spill: Path | None = None, stages: Stages
+) -> Planned:
+    """Check a saved plan against the model and decompose what it factorises."""
+    groups, entries = resolve(given, loaded.layout.targets)
+    cut = [group for group, entry in zip(groups, entries, strict=True) if entry.rank is not None]
+    decomposed = decompose_for(loaded, text, recipe, cut, spill=spill, stages=stages)
+    settled = Plan(tuple(decomposed.settle(entries)), given.asked, {}, given.made_by)
+    plan = replace(settled, reached=loaded.ledger(settled).to_dict())
+    summaries = [summary(spectrum) for spectrum in decomposed.spectra]
+    return Planned(plan, decomposed, hold_out(loaded, text, decomposed), summaries)
+
+
+def decompose_for(
+    loaded: Loaded, text: Text, recipe: Recipe, groups: Sequence[Group], *, spill: Path | None = None, stages: Stages
+) -> Decomposed:
+    """Decompose the groups by the recipe's factorizer, on the text if that wants any."""
+    factorizer = recipe.make_factorizer()
+    ids = text.ids() if factorizer.needs and groups else None
+    with stages("calibrate and decompose"):
+        return decompose(loaded.model, loaded.layout, groups, factorizer, ids, spill=spill, progress=stages.progress)
+
+
+def hold_out(loaded: Loaded, text: Text, decomposed: Decomposed) -> HeldOut | None:
+    """What the dense model says on a few windows, if the metric predicts the loss and text was read."""
+    if not decomposed.predicts or text.windows is None:
+        return None
+    return HeldOut.of(loaded.model, loaded.layout, text.windows)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked of the decomposed groups."""
+
+    loaded: Loaded
+    recipe: Recipe
+    goal: Goal
+    rank_multiple: int
+    decomposed: Decomposed
+    stages: Stages
+
+    def meet(self, allocate: "Allocate", spectra: Sequence[Spectrum]) -> Plan:
+        """The plan that meets the goal, of those that an allocator makes for a share of the parameters."""
+        layout = self.loaded.layout
+        overhead = header_bytes(self.loaded.model.state_dict(), layout.targets)
+        with self.stages("allocate"):
+            return meet(self.goal, lambda keep: self._plan(allocate, spectra, keep), layout.target_parameters, overhead)
+
+    def _plan(self, allocate: "Allocate", spectra: Sequence[Spectrum], keep: float) -> Plan:
+        """The plan for a share, with what it reaches by the ledger and by the metric."""
+        entries = allocate(spectra, Budget(keep, self.rank_multiple, self.recipe.storage))
+        entries = self.decomposed.settle([with_figures(e, s) for e, s in zip(entries, spectra, strict=True)])
+        said = {**self.goal.to_dict(), "rank_multiple": self.rank_multiple}
+        made = Plan(tuple(entries), said, {}, self.recipe.to_dict())
+        reached, predicted = self.loaded.ledger(made), predicted_kl(spectra, entries)
+        if not allocate.may_exceed:
+            ledger.assert_within(reached, keep)
+        loss = {} if predicted is None else {"predicted_kl": predicted}
+        return replace(made, reached={**reached.to_dict(), **loss})
+
+
+@dataclass(frozen=True)
+class Allocate:
+    """An allocator with all that it may use: spectra and a budget in, entries out."""
+
+    choose: Callable[[Sequence[Spectrum], Budget], list[Entry]]
+    may_exceed: bool = False
+
+    def __call__(self, spectra: Sequence[Spectrum], budget: Budget) -> list[Entry]:
+        return self.choose(spectra, budget)
+
+
+def _allocation(asked: _Asked, text: Text, allocator: Allocator, work: Path | None) -> Allocate:
+    windows = allocator.probe_windows()
+    choose = allocator.allocate
+    if windows:
+        choose = partial(allocator.search, probe=_probe(asked, text, windows, work))
+    return Allocate(choose, allocator.may_exceed)
+
+
+def _observed(asked: _Asked, text: Text, allocator: Allocator, work: Path | None) -> list[Spectrum]:
+    """The spectra, with what the allocator wants to see measured near the share that the goal leads to."""
+    spectra = asked.decomposed.spectra
+    if not allocator.wants:
+        return spectra
+    near = asked.goal.keep
+    if near is None:  # even shares lead to nearly the same one
+        near = float(asked.meet(Allocate(Uniform().allocate), spectra).reached["keep"])
+    plain = asked.recipe.make_factorizer().resting()
+    read = text.read().recipe.to_dict()
+    depends = {
+        "factorizer": recipes.describe(type(plain).__name__, plain),
+        "calibration": {key: read[key] for key in ("tokens_hash", "windows", "length")},
+    }
+    loaded, decomposed = asked.loaded, asked.decomposed
+    folder = work or cache_folder() / "work"
+    with asked.stages("observe"):
+        scene = Scene(
+            loaded.model, loaded.layout, decomposed.groups, decomposed.cut, text.ids(), near, asked.recipe.storage,
+            folder, depends, asked.stages.progress,
+        )  # fmt: skip
+        return observe(scene, spectra, allocator)
+
+
+def _probe(asked: _Asked, text: Text, windows: tuple[int, int], work: Path | None) -> Probe:
+    """What measures candidate plans by slicing the decompositions; `windows` to score on, and held out."""
+    scoring, held_out = split_for_search(text.ids(), *windows)
+    factorizer = asked.recipe.to_dict()["factorizer"]
+    key = Key(
+        "probe", factorizer=factorizer, weights=asked.loaded.model, scoring=scoring, held_out=held_out,
+        groups=[group.names for group in asked.decomposed.groups], versions=versions(),
+    )  # fmt: skip
+    loaded, decomposed = asked.loaded, asked.decomposed
+    return SlicingProbe(
+        loaded.model, decomposed.groups, decomposed.cut, scoring, held_out, WorkFolder(work, key), asked.stages.progress
+    )
+
+
+def _measure(asked: _Asked, held_out: HeldOut, made: Plan, parts: Sequence[Part]) -> list[float]:
+    """What parts of a plan cost in KL, each measured alone."""
+    loaded, decomposed = asked.loaded, asked.decomposed
+    with asked.stages("probe"):
+        return measure_parts(
+            loaded.model, decomposed.groups, made.entries, decomposed.cut, held_out, parts,
+            progress=asked.stages.progress,
+        )  # fmt: skip
+
+
+def _kl(asked: _Asked, held_out: HeldOut, entries: Sequence[Entry]) -> float:
+    """The KL divergence of a candidate plan from the dense model, measured."""
+    decomposed = asked.decomposed
+    with asked.stages("probe"), in_place(asked.loaded.model, decomposed.groups, entries, decomposed.cut):
+        return held_out.kl()

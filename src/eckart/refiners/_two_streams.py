@@ -1,0 +1,90 @@
+"""Two streams of hidden states, dense and compressed, that pass a half-compressed model block by block.
+
+The compressed stream is what the next block will really be fed; the dense one is what it should have
+been fed. Unlike `sweep`, which only listens, this is the ground for methods that change a block and
+then move on: nothing here grows with depth.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from eckart.model.operators import dense_again
+from eckart.model.recorder import Recorder
+from eckart.model.residence import residence_of
+from eckart.model.walk import At, Stream, open_stream, walk
+from eckart.refiners.base import Refinement
+from eckart.statistics.sums import Gram
+from eckart.types import Target
+
+Tensor = torch.Tensor
+Goal = Literal["anchored", "same_input"]
+
+
+@dataclass(frozen=True)
+class AtBlock:
+    """Where the two streams are: before block `index`, whose `targets` are factorised or were left dense."""
+
+    at: At
+    dense: Stream
+    compressed: Stream
+    targets: list[Target]
+
+    @property
+    def index(self) -> int:
+        return self.at.index
+
+    @property
+    def block(self) -> torch.nn.Module:
+        return self.at.block
+
+    def goals(self, dense_weights: Mapping[str, Tensor], goal: Goal) -> list[Tensor]:
+        """What the compressed block shall give, batch by batch.
+
+        `anchored` is the dense block on dense inputs, so that inherited error is to be undone; it moves the
+        dense stream past the block. `same_input` is the dense block on the compressed inputs.
+        """
+        with torch.no_grad(), dense_again(self.block, dense_weights, self.targets):
+            if goal == "same_input":
+                return self.at.outputs(self.compressed)
+            self.at.advance(self.dense)
+            return list(self.dense.states)
+
+    def run(self, batch: int, block: object = None) -> Tensor:
+        """The output `[batch, seq, width]` of the block, or of what stands in for it, in the compressed stream."""
+        return self.at.run(self.compressed, batch, block=block)
+
+    @torch.no_grad()
+    def stages(self) -> list[list[Target]]:
+        """The targets in the order in which the block runs them; those that read the same tensor are one stage."""
+        with Recorder(self.block, self.targets) as recorder:
+            self.run(0)
+            return [[target for target, _ in members] for _, members in recorder.by_input()]
+
+    @torch.no_grad()
+    def input_gram(self, target: Target, batches: Sequence[int]) -> Gram:
+        """The Gram of what the target reads in the compressed stream, over the batches with these numbers."""
+        gram = Gram(target.in_features, self.compressed.states[0].device)
+        with Recorder(self.block, [target]) as recorder:
+            for batch in batches:
+                self.run(batch)
+                for x, _ in recorder.by_input():
+                    gram.add_(x)
+        return gram
+
+
+def two_streams(work: Refinement, batches: Sequence[Tensor], stage: str = "") -> Iterator[AtBlock]:
+    """Yield one block after another, both streams before it; the compressed one is moved past what it has become.
+
+    `batches[i]` is `[batch, length]` token ids. Before the first block both streams are the same. Whoever wants the
+    dense stream moved asks for its `goals`.
+    """
+    residence = residence_of(work.model, work.layout)
+    compressed = open_stream(work.model, residence, batches)
+    dense = compressed.branch()
+    for at in walk(residence, stage=stage, progress=work.progress):
+        yield AtBlock(at, dense, compressed, work.layout.in_block(at.index))
+        with torch.no_grad():
+            at.advance(compressed)

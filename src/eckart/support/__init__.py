@@ -1,0 +1,1 @@
+"""What every package leans on: files, work that survives, dtypes, JSON."""
