@@ -1,4 +1,4 @@
-"""Contract checks that every factorizer, allocator and refiner must pass; yours too.
+"""Contract checks that every factorizer, allocator, refiner and storage must pass; yours too.
 
     from eckart.checks import check_factorizer
     check_factorizer(MyFactorizer())
@@ -7,7 +7,8 @@ Each check raises `AssertionError` with the property that failed. All in float64
 from a fixed seed, against oracles that do not use the method's own code.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -21,7 +22,8 @@ from eckart.plans.plan import Plan
 from eckart.portable.linear import share_basis_, weight_view
 from eckart.refiners.base import Refinement, Refiner
 from eckart.statistics.sums import Gram, GroupStatistics, Statistics
-from eckart.types import Budget, Entry, Group, Spectrum, Target
+from eckart.storages import FactorizedLayer, Pair, Size, Storage
+from eckart.types import Budget, Entry, Factors, Group, Spectrum, Target
 
 Tensor = torch.Tensor
 
@@ -137,7 +139,7 @@ def _check_spectrum(spectrum: Spectrum) -> None:
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    return float((a - b).norm()) <= tolerance * float(b.norm())
+    return float((a - b).detach().norm()) <= tolerance * float(b.detach().norm())
 
 
 def check_refiner(refiner: Refiner) -> None:
@@ -150,7 +152,7 @@ def check_refiner(refiner: Refiner) -> None:
 def _refined(refiner: Refiner) -> list[Tensor]:
     """Refine a tiny model with a shared basis, a private one and a dense layer; its parameters."""
     from eckart.portable.hf import specs_of
-    from eckart.testing import tiny_models, tiny_tokenizer
+    from eckart.tiny import tiny_models, tiny_tokenizer
 
     model = next(iter(tiny_models().values()))()  # any with q_proj and k_proj in two blocks
     layout = discover(model)
@@ -174,3 +176,112 @@ def _refined(refiner: Refiner) -> list[Tensor]:
     after = dict(model.named_parameters())
     assert all(torch.equal(after[name], p) for name, p in kept.items()), "more than factors has changed"
     return [p.detach() for p in after.values()]
+
+
+def check_storage(storage: Storage) -> None:
+    """The layer is the matrix, in as many numbers as the ledger says; parts make the whole; gradients flow."""
+    for out_features, in_features in ((9, 14), (14, 9), (8, 8)):
+        for rank in (1, 3, min(out_features, in_features)):
+            for bias in (False, True):
+                size = Size(out_features, in_features, rank, kept=0 if storage.from_plain_pairs else 2)
+                if storage.refusal(size) is None:
+                    _check_layer(storage, size, bias)
+        _check_ranks(storage, out_features, in_features)
+
+
+def _check_layer(storage: Storage, size: Size, bias: bool) -> None:
+    from safetensors.torch import load, save
+
+    pair, product = _pair(size, bias)
+    spec, tensors = storage.of_pair(pair)
+    assert spec["storage"] == storage.name, "an entry names another storage"
+    sizes = size.out_features, size.in_features
+    layer = _filled(storage, sizes, spec, tensors, bias)
+    assert layer.spec() == spec, "a layer does not say how it was made"
+    assert _close(layer.weight, product, 1e-12), "the layer's weight is not the pair's product"
+    x = torch.randn(2, 3, size.in_features, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = torch.nn.functional.linear(x, product, pair.bias)
+    assert _close(layer(x), expected, 1e-12), "the layer computes something else than its weight"
+    back = storage.to_pair(layer)
+    _, again = storage.of_pair(back)
+    assert _close(_filled(storage, sizes, spec, again, bias).weight, product, 1e-10), "to a pair and back loses it"
+    stored = load(save({name: t.contiguous() for name, t in layer.state_dict().items()}))
+    other = _filled(storage, sizes, spec, stored, bias)
+    assert torch.equal(other(x), layer(x)), "saved and loaded, it computes something else"
+    weights = {name: t for name, t in stored.items() if not name.endswith("bias")}
+    assert set(weights) == set(storage.tensors), "the names of its tensors are not those it tells"
+    numbers = sum(t.numel() for t in weights.values() if t.is_floating_point())
+    indices = sum(t.nbytes for t in weights.values() if not t.is_floating_point())
+    assert numbers == storage.parameters(size), f"{numbers} numbers stored, but {storage.parameters(size)} told"
+    assert indices == storage.index_bytes(size), "bytes of indices are not those it tells"
+    assert sum(t.nbytes for t in weights.values()) == storage.bytes(size, 8), "bytes are not those it tells"
+    _check_gradients(layer, x)
+    if not bias:
+        _check_parts(storage, layer, x)
+    if size.rank == 3 and bias:
+        torch.compiler.reset()
+        compiled = torch.compile(layer.requires_grad_(False), backend="eager", fullgraph=True)
+        assert _close(compiled(x), expected, 1e-12), "compiled, it computes something else"
+
+
+def _check_gradients(layer: FactorizedLayer, x: Tensor) -> None:
+    """Those of the factors are those through the product."""
+    layer.requires_grad_(True)
+    factors = [p for name, p in layer.named_parameters() if not name.endswith("bias")]
+    found = torch.autograd.grad(layer(x).square().sum(), factors)
+    bias = None if layer.bias is None else layer.bias
+    expected = torch.autograd.grad(torch.nn.functional.linear(x, layer.weight, bias).square().sum(), factors)
+    assert all(_close(a, b, 1e-9) for a, b in zip(found, expected, strict=True)), "gradients are not its weight's"
+
+
+def _check_parts(storage: Storage, layer: FactorizedLayer, x: Tensor) -> None:
+    outputs, inputs = layer.out_features, layer.in_features
+    whole = layer(x)
+    halves = [slice(0, outputs // 2), slice(outputs // 2, outputs)]
+    beside = torch.cat([storage.part(layer, half, slice(0, inputs))(x) for half in halves], -1)
+    assert _close(beside, whole, 1e-12), "parts by outputs do not make the layer"
+    halves = [slice(0, inputs // 2), slice(inputs // 2, inputs)]
+    added = torch.stack([storage.part(layer, slice(0, outputs), half)(x[..., half]) for half in halves]).sum(0)
+    assert _close(added, whole, 1e-12), "parts by inputs do not add up to the layer"
+
+
+def _check_ranks(storage: Storage, out_features: int, in_features: int) -> None:
+    full = min(out_features, in_features)
+    costs = [storage.parameters(Size(out_features, in_features, rank)) for rank in range(1, full + 1)]
+    assert all(a < b for a, b in pairwise(costs)), "a higher rank does not cost more"
+    for allowance in (costs[0] - 1, costs[0], costs[2] + 1, costs[-2]):
+        rank = storage.largest_rank(out_features, in_features, allowance)
+        below = storage.parameters(Size(out_features, in_features, rank)) if rank else 0
+        above = storage.parameters(Size(out_features, in_features, rank + 1))
+        assert below <= allowance < above, f"{rank} is not the largest rank in {allowance} parameters"
+    for wrong in (0, -1, True, "3", None, in_features + 1):
+        spec = {"storage": storage.name, "rank": wrong, "kept": 1, "pivots": "rows"}
+        try:
+            storage.empty(out_features, in_features, spec, bias=False, dtype=torch.float64)
+        except ValueError:
+            continue
+        raise AssertionError(f"an entry of rank {wrong!r} was not refused")
+
+
+def _pair(size: Size, bias: bool) -> tuple[Pair, Tensor]:
+    """A random pair, float64, and the matrix that it is."""
+    generator = torch.Generator().manual_seed(7 * size.rank + size.out_features)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    basis, coefficients = normal(size.rank, size.in_features - size.kept), normal(size.out_features, size.rank)
+    offset = normal(size.out_features) if bias else None
+    if not size.kept:
+        return Pair(basis, coefficients, offset), coefficients @ basis
+    index, strip = torch.arange(1, 1 + size.kept), normal(size.out_features, size.kept)
+    factors = Factors(basis, (coefficients,), index, (strip,))
+    return Pair(basis, coefficients, offset, index, strip), factors.product()
+
+
+def _filled(
+    storage: Storage, sizes: tuple[int, int], spec: Mapping[str, object], tensors: Mapping[str, Tensor], bias: bool
+) -> FactorizedLayer:
+    layer = storage.empty(*sizes, spec, bias=bias, dtype=torch.float64).to_empty(device="cpu")
+    layer.load_state_dict(dict(tensors))
+    return layer.requires_grad_(False)

@@ -34,7 +34,8 @@ def report(
     `results` are what `eckart eval --json` and `eckart bench --json` printed about this checkpoint: files, or
     plain data as `evaluate` and `bench` return it.
     With `data_specs` its perplexity is measured as `evaluate` does (`options` are those of the protocol), beside the
-    dense model's with     `against`; with `against` or `prompts` the models write samples. Without any of these no weight is read.
+    dense model's with `against`; with `against` or `prompts` the models write samples. Without any of these no weight
+    is read.
     Raises `UserError` for a folder or a file that is not what it should be, or results about another model.
     """
     facts = gather(folder)
