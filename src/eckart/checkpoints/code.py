@@ -53,7 +53,7 @@ def _files_of(names: list[str]) -> set[Path]:
         module = sys.modules[wanted.pop()]
         if _file(module) not in found:
             found.add(_file(module))
-            others = {getattr(value, "__module__", "") for value in vars(module).values()}
+            others = {str(getattr(value, "__module__", "")) for value in vars(module).values()}
             wanted |= {other for other in others if other.startswith("eckart.storages.")}
     return found
 

@@ -1,0 +1,259 @@
+"""Teach transformers to load and save factorised models: a quantizer named `eckart`, registered on import.
+
+Needs torch, transformers and two files beside it alone, since it travels with checkpoints
+(`modeling_eckart.py`). What stands in a checkpoint, and why, is in `docs/format.md`.
+"""
+
+import copy
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .linear import empty_like, is_factorized, is_linear, share_basis_, swap_, weight_view
+
+METHOD = "eckart"
+CODE = "modeling_eckart"  # the file that `auto_map` of a checkpoint names
+FORMAT_VERSION = 1
+Specs = dict[str, dict[str, Any]]
+
+
+class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The `quantization_config` of a checkpoint: for each factorised layer, how it is stored.
+
+    `modules` maps the dotted name of a layer to `{"storage": "pair", "rank": r}`, with
+    `"basis_of": other` when the layer reads the basis that `other` owns, or to
+    `{"storage": "pivoted", "rank": r, "pivots": "rows"}`. Raises `ValueError` for a
+    newer format, an empty `modules` and a `basis_of` that names no owner.
+    """
+
+    def __init__(self, modules: Specs | None = None, format_version: int = FORMAT_VERSION, **_: Any) -> None:
+        if not isinstance(format_version, int) or not 1 <= format_version <= FORMAT_VERSION:
+            raise ValueError(
+                f"format_version is {format_version!r}, but this eckart reads up to {FORMAT_VERSION}; "
+                "install a newer eckart."
+            )
+        if not isinstance(modules, dict) or not modules:
+            raise ValueError(f"modules is {modules!r}, but it must map at least one layer to its storage.")
+        for name, spec in modules.items():
+            if not isinstance(spec, dict):
+                raise ValueError(f"modules[{name!r}] is {spec!r}, but it must be an object.")
+            owner = spec.get("basis_of")
+            if owner is not None and "basis_of" in modules.get(owner, {"basis_of": None}):
+                raise ValueError(f"{name}: basis_of is {owner!r}, which is not a layer that owns its basis.")
+            if owner is not None and "pivoted" in (spec.get("storage"), modules[owner].get("storage")):
+                raise ValueError(f"{name}: basis_of is {owner!r}, but a layer of storage 'pivoted' shares no basis.")
+        self.quant_method = METHOD
+        self.format_version = format_version
+        self.modules = modules
+
+    @property
+    def guard(self) -> str:
+        """Key of the empty tensor that makes a reader fail who does not know this format."""
+        return f"{min(self.modules)}.weight"
+
+
+class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts factorised layers into the empty model before transformers reads the weights into it."""
+
+    requires_calibration = True  # a dense model cannot be quantized on the fly by naming this method
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Refuse a map that cannot work, which would fail with a word on meta devices."""
+        for name, spec in self.quantization_config.modules.items() if isinstance(device_map, dict) else ():
+            owner = spec.get("basis_of", name)
+            if _device_of(owner, device_map) == "disk" != _device_of(name, device_map):
+                raise ValueError(
+                    f"device_map: {name} reads the basis of {owner}, which is on disk; put {name} there too, "
+                    f"or {owner} where {name} is."
+                )
+        return device_map
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+        config: EckartConfig = self.quantization_config
+        for name, spec in config.modules.items():
+            _put_empty_(model, name, spec)
+        _tie_(model, config.modules)
+        forget_code_(model)
+        ignored = model._keys_to_ignore_on_load_unexpected
+        kind = set if isinstance(ignored, set) else list  # a list up to transformers 5.4, a set later
+        model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), f"^{re.escape(config.guard)}$"])
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        # accelerate reads the weights of an offloaded layer by that layer's name. A shared basis is in no file
+        # under its user's name, and transformers adds the name only where its owner is offloaded as well.
+        for name, spec in self.quantization_config.modules.items():
+            hook = getattr(model.get_submodule(f"{name}.basis"), "_hf_hook", None)
+            stored = getattr(getattr(hook, "weights_map", None), "dataset", None)
+            if "basis_of" in spec and stored is not None and f"{name}.basis.weight" not in [*stored]:
+                owner = model.get_submodule(spec["basis_of"])
+                stored.state_dict[f"{name}.basis.weight"] = owner.basis.weight
+                stored.all_keys.append(f"{name}.basis.weight")
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """The tensors that `save_pretrained` writes: the model's own and the guard."""
+        config: EckartConfig = self.quantization_config
+        state: dict[str, torch.Tensor] = model.state_dict()
+        # Without eckart, transformers would only warn and fill the dense layers at random. An empty
+        # tensor under the name of one of them is a size mismatch, and that it refuses.
+        state[config.guard] = torch.zeros(0, dtype=model.dtype)
+        return state, {}  # no metadata: safetensors writes more than one entry in random order
+
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        if plan:
+            from .tensor_parallel import split_factors_
+
+            split_factors_(model, plan)
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """What `model.dequantize()` does: the product of the factors in place of each factorised layer."""
+        wanted = None if dtype == model.config.dtype else dtype  # transformers fills in the stored dtype
+        densify_(model)
+        return model if wanted is None else model.to(wanted)
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True  # or Trainer refuses the model, although its factors are ordinary parameters
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+if METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantizer(METHOD)(EckartQuantizer)
+if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(METHOD)(EckartConfig)
+
+
+def _device_of(name: str, device_map: dict[str, Any]) -> Any:
+    """Where a map puts a layer: by the longest of its names that the map has."""
+    while name and name not in device_map:
+        name = name.rpartition(".")[0]
+    return device_map.get(name)
+
+
+def specs_of(model: nn.Module) -> Specs:
+    """How each factorised layer of a model is stored; empty for a dense model.
+
+    Layers that read one basis tensor share it: the first in model order owns it.
+    """
+    specs: Specs = {}
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if is_factorized(module):
+            specs[name] = module.spec()
+            owner = owners.setdefault(id(module.basis.weight), name)
+            if owner != name:
+                specs[name]["basis_of"] = owner
+    return specs
+
+
+def attach_(model: Any, specs: Specs) -> None:
+    """Make a model that was factorised in memory one that plain `save_pretrained` can write.
+
+    Ties the shared bases that `specs` names; without specs there is nothing to do. Raises
+    `ValueError` when the model already belongs to another quantization method.
+    """
+    if not specs:
+        return
+    present = getattr(model, "hf_quantizer", None)
+    if present is not None and present.quantization_config.quant_method != METHOD:
+        raise ValueError(
+            f"{type(model).__name__}: is quantized by {present.quantization_config.quant_method!r}; "
+            "eckart saves only models without another quantization. Factorise the original model."
+        )
+    quantizer = EckartQuantizer(EckartConfig(specs))
+    _tie_(model, specs)
+    model.hf_quantizer = quantizer
+    model.is_quantized, model.quantization_method = True, METHOD
+    quantizer.postprocess_model(model)
+
+
+def dense_skeleton(model: Any) -> Any:
+    """The model as it was before it was factorised, on the meta device."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        return type(model)(config)
+
+
+@torch.no_grad()
+def densify_(model: Any) -> None:
+    """Put the product of the factors, in their dtype, into a dense layer of the kind that was there."""
+    skeleton = dense_skeleton(model)
+    for name in specs_of(model):
+        old = model.get_submodule(name)
+        weight = old.weight
+        if weight.is_meta:
+            raise ValueError(f"{name}: is offloaded, so its product cannot be computed; load without device_map first.")
+        dense = skeleton.get_submodule(name).to(weight.dtype).to_empty(device=weight.device)
+        weight_view(dense).copy_(weight)
+        if old.bias is not None:
+            dense.bias.copy_(old.bias)
+        swap_(model, name, dense.requires_grad_(next(old.parameters()).requires_grad).train(old.training))
+        model.all_tied_weights_keys.pop(f"{name}.basis.weight", None)
+
+
+def forget_code_(model: Any) -> None:
+    """Take the code that travelled with a checkpoint out of the configuration of a native model.
+
+    Its own `save_pretrained` does not copy that code, and a configuration must not name files that are
+    not there. `eckart.save` writes both; transformers does for a model that was loaded by that code.
+    """
+    code = getattr(model.config, "auto_map", None)
+    if code and not model.is_remote_code():
+        rest = {k: ref for k, ref in code.items() if not str(ref).split("--")[-1].startswith(CODE + ".")}
+        model.config.auto_map = rest
+        if not rest:
+            del model.config.auto_map
+
+
+def _put_empty_(model: nn.Module, name: str, spec: dict[str, Any]) -> None:
+    """Replace the dense layer `name` by an empty one of the storage that `spec` says."""
+    try:
+        old = model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(
+            f"{name}: named in quantization_config, but {type(model).__name__} has no such layer."
+        ) from None
+    if not is_linear(old):
+        raise ValueError(f"{name}: named in quantization_config, but it is a {type(old).__name__}, not a linear layer.")
+    try:
+        swap_(model, name, empty_like(old, spec))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if not any(True for _ in parent.parameters(recurse=False)) and not any(True for _ in parent.buffers(recurse=False)):
+        # GPT-2 initialises `c_proj.weight` from its parent; here that is a product, computed in vain.
+        parent._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def _tie_(model: Any, specs: Specs) -> None:
+    """Let layers with `basis_of` read their owner's basis, and tell transformers that they do."""
+    for name, spec in specs.items():
+        owner = spec.get("basis_of")
+        if owner is None:
+            continue
+        user = model.get_submodule(name)
+        share_basis_(model.get_submodule(owner), user)
+        tied = f"{owner}.basis.weight"
+        user._tied_weights_keys = {"basis.weight": tied}  # save_pretrained then writes one copy
+        model.all_tied_weights_keys[f"{name}.basis.weight"] = tied  # from_pretrained then misses none
