@@ -153,12 +153,13 @@ def show_results(result: dict[str, Any]) -> None:
     rows = []
     for row in result["results"]:
         dense = row.get("dense_perplexity")
-        cells = (f"{dense:.2f}", f"{row['perplexity'] / dense:.3f}") if dense else ("-", "-")
+        kl = f"{row['kl']:.4f}" if "kl" in row else "-"
+        cells = (f"{dense:.2f}", f"{row['perplexity'] / dense:.3f}", kl) if dense else ("-", "-", "-")
         rows.append(
             (row["data"], f"{row['windows']} x {row['protocol']['length']}", f"{row['perplexity']:.2f}", *cells)
         )
     if rows:
-        table("Perplexity", ("corpus", "windows", "compressed", "dense", "ratio"), rows)
+        table("Perplexity", ("corpus", "windows", "compressed", "dense", "ratio", "KL, nats per token"), rows)
         first = result["results"][0]["protocol"]
         out.print(
             f"Protocol: windows of {first['length']} tokens, stride {first['stride']}, joined by {first['join']!r}, "

@@ -112,6 +112,8 @@ def _losses(facts: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[str, st
         text = "text that calibration did not see" if facts["kl"].get("unseen") else "calibration text"
         found.append((f"KL of the predictions, measured on {text}", facts["kl"]["measured"]))
     for row in rows:
+        if row.get("kl") is not None:
+            found.append((f"KL of the predictions, measured on {row['data']}", row["kl"]))
         if row.get("dense_nll") is not None:
             found.append((f"rise of the loss, measured on {row['data']}", row["nll"] - row["dense_nll"]))
     return [(text, f"{nats:.4f}", f"{exp(nats):.3f}") for text, nats in found]
