@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from eckart import ledger
 from eckart.allocators.base import Allocator
@@ -24,8 +25,6 @@ from eckart.refiners.base import Refinement, Refiner
 from eckart.statistics.sums import Gram, GroupStatistics, Statistics
 from eckart.storages import FactorizedLayer, Pair, Size, Storage
 from eckart.types import Budget, Entry, Factors, Group, Spectrum, Target
-
-Tensor = torch.Tensor
 
 SHAPES = ((12, 20), (20, 12), (16, 16), (1, 9))
 TOKENS = (64, 5)  # more and fewer than features

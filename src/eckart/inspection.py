@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from eckart import recipes, registry
+from eckart import recipes, registry, storages
 from eckart.checkpoints import checkpoint
 from eckart.model.discovery import Layout, discover
 
@@ -21,9 +21,10 @@ def inspect(model: "str | PreTrainedModel", *, include: Sequence[str] = (), excl
 
 
 def methods() -> dict[str, dict[str, Any]]:
-    """Recipes with their parts, and every factorizer and allocator with its options and defaults."""
+    """Recipes with their parts, every factorizer, allocator and refiner with its options and defaults, and storages."""
     known: dict[str, dict[str, Any]] = {
         kind: {name: registry.options(kind, name) for name in registry.names(kind)} for kind in registry.KINDS
     }
+    known["storages"] = {name: {} for name in storages.names()}
     known["recipes"] = {name: {"about": r.about, **r.to_dict()} for name, r in recipes.BUILT_IN.items()}
     return known

@@ -22,8 +22,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-
-Tensor = torch.Tensor
+from torch import Tensor
 
 DAMPING = 1e-6
 

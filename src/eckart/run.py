@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+from torch import Tensor
 
 from eckart.checkpoints import checkpoint
 from eckart.checkpoints.provenance import make_provenance
@@ -27,7 +27,6 @@ from eckart.types import Entry, Group
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Tensor = torch.Tensor
 log = logging.getLogger(__name__)
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-Tensor = torch.Tensor
 Level = Literal["off", "cheap", "full"]  # how much to spend on measuring by how far predicted losses are off
 Part = Collection[str]  # of a plan: names of groups
 

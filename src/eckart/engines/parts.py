@@ -3,13 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eckart.portable.linear import empty_like
 from eckart.storages import FactorizedLayer, find
-
-Tensor = torch.Tensor
 
 
 def assemble(

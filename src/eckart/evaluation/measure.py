@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
+from torch import Tensor
 
 from eckart.checkpoints import checkpoint
 from eckart.errors import NumericalError, OptionError
@@ -19,8 +20,6 @@ from eckart.text import data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Tensor = torch.Tensor
 
 
 def evaluate(

@@ -7,13 +7,11 @@ with all of it; that a third more text would bear a little less shrinkage is neg
 
 from collections.abc import Iterable
 
-import torch
+from torch import Tensor
 
 from eckart import ledger
 from eckart.linalg import Decomposition, Metric
 from eckart.types import Group
-
-Tensor = torch.Tensor
 
 CANDIDATES = (0.1, 0.03, 0.3)  # the first wins ties, and is taken where nothing can be held out
 SHARES = (0.6, 0.8)  # of a group's parameters, stored as a pair: the cuts that are judged

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from eckart.errors import NumericalError, PlanError
 from eckart.linalg import Decomposition, Metric
 from eckart.statistics.sums import GroupStatistics, Need
 from eckart.types import Entry, Factors, Group, Spectrum
-
-Tensor = torch.Tensor
 
 
 class GroupDecomposition:

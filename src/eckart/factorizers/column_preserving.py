@@ -10,6 +10,7 @@ from math import sqrt
 from typing import ClassVar, final
 
 import torch
+from torch import Tensor
 
 from eckart import ledger
 from eckart.errors import NumericalError, OptionError
@@ -20,8 +21,6 @@ from eckart.maths.columns import Splits, column_scores, kept_for, positive_defin
 from eckart.maths.golden import golden_section, lowest_valley
 from eckart.statistics.sums import GroupStatistics, Need
 from eckart.types import Entry, Factors, Group
-
-Tensor = torch.Tensor
 
 
 @final

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, final
 
 import torch
+from torch import Tensor
 
 from eckart.errors import OptionError
 from eckart.factorizers._shrinkage import CANDIDATES, held_out_errors
@@ -15,8 +16,6 @@ from eckart.factorizers.base import Factorizer, GroupDecomposition, failures_nam
 from eckart.linalg import Metric, Side
 from eckart.statistics.sums import GroupStatistics, Need
 from eckart.types import Group
-
-Tensor = torch.Tensor
 
 LABELS = {
     "sampled": Need.GRADIENT_GRAM,

@@ -18,10 +18,9 @@ eigenvalues, without vectors, of a matrix of size `min(out, in - kept)` made by 
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from eckart.linalg import Decomposition, Metric, Side
-
-Tensor = torch.Tensor
 
 
 def column_scores(residual: Tensor, gram: Tensor) -> Tensor:

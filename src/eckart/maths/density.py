@@ -12,8 +12,7 @@ density 1. Four measures that are often confused:
 from collections.abc import Callable
 
 import torch
-
-Tensor = torch.Tensor
+from torch import Tensor
 
 
 def energy_effective_rank(values: Tensor) -> float:

@@ -20,8 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-
-Tensor = torch.Tensor
+from torch import Tensor
 
 SLICE_ELEMENTS = 2**22  # logits at a time: 16 MiB in float32, which a last-level cache may hold
 SMALL = 1e-3  # nats a token below which rounding of the first form shows (0.02 %), and the second is worth its price

@@ -16,8 +16,8 @@ import numpy as np
 import scipy.linalg
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-Tensor = torch.Tensor
 Floats = NDArray[np.float64]
 Pivots = Literal["rows", "columns"]
 

@@ -15,8 +15,7 @@ Unlike `linalg`, which decomposes once, everything here is made to run at every 
 from typing import Any
 
 import torch
-
-Tensor = torch.Tensor
+from torch import Tensor
 
 SOFTENING = 1e-3
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from math import isfinite
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eckart.errors import NumericalError
 from eckart.maths import divergence as maths
@@ -19,8 +19,6 @@ from eckart.model.residence import Residence
 from eckart.model.store import Store
 from eckart.model.walk import Stream, tail_of
 from eckart.portable.linear import is_linear, weight_view
-
-Tensor = torch.Tensor
 
 CHUNK_ELEMENTS = 2**23  # of one chunk's log-probabilities: 32 MiB in float32
 

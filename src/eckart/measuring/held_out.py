@@ -1,7 +1,7 @@
 """How far the model is from the dense one, as it is at the moment, on a few windows of text."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eckart.measuring.divergence import Divergence
 from eckart.model.discovery import Layout
@@ -9,8 +9,6 @@ from eckart.model.residence import residence_of
 from eckart.model.store import Store
 from eckart.model.walk import Stream, open_stream, pass_blocks, split_batches
 from eckart.text.data import Windows
-
-Tensor = torch.Tensor
 
 WINDOWS, LENGTH = 8, 256
 

@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from eckart.errors import NumericalError
 from eckart.measuring.protocol import Mean
 from eckart.progress import Progress, silent, track
 from eckart.support.not_finite import exp
-
-Tensor = torch.Tensor
 
 ROWS = 512  # of logits in float32 at a time
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eckart.errors import DataError, NumericalError
 from eckart.measuring.held_out import HeldOut
@@ -19,7 +19,6 @@ from eckart.progress import Progress, silent, track
 from eckart.support.work import Key, WorkFolder
 from eckart.types import Entry, Group, Part
 
-Tensor = torch.Tensor
 Layers = Mapping[str, nn.Module]  # by the name of the target
 Cut = Callable[[Group, Entry], Layers]  # makes the factorised layers of one group, none for an entry that is dense
 

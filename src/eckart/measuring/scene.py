@@ -11,16 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eckart.errors import OptionError
 from eckart.measuring.probes import Cut
 from eckart.model.discovery import Layout
 from eckart.progress import Progress, silent
 from eckart.types import Group, Spectrum
-
-Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)

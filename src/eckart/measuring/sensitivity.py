@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eckart import ledger
 from eckart.measuring.divergence import Divergence
@@ -28,8 +28,6 @@ from eckart.model.walk import Stream, open_stream, pass_blocks, replaced, split_
 from eckart.progress import Progress, silent
 from eckart.support.work import Journal, Key
 from eckart.types import Budget, Entry, Group
-
-Tensor = torch.Tensor
 
 VERSION = 3  # of the algorithm: a change that changes its numbers makes old journals void
 RESTING = ""  # the name of no group

@@ -3,15 +3,13 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eckart.measuring.scene import Scene
 from eckart.model.discovery import Layout
 from eckart.model.residence import residence_of
 from eckart.model.walk import open_stream, split_batches, walk
 from eckart.progress import Progress, silent
-
-Tensor = torch.Tensor
 
 
 def observe(scene: Scene, allocator: Any) -> dict[str, float]:

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from eckart.errors import ModelError
 
-Tensor = torch.Tensor
 HIDDEN = "hidden_states"
 
 

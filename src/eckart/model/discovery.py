@@ -6,8 +6,8 @@ inside. Everything else is reported, with the reason.
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -33,6 +33,12 @@ class Layout:
     def in_block(self, index: int) -> list[Target]:
         """The targets of one block, in model order."""
         return [target for target in self.targets if target.block == index]
+
+    def without(self, names: Collection[str], reason: str) -> "Layout":
+        """The layout with some targets left alone, and why."""
+        left = [Skipped(f"{t.name}.weight", t.parameters, reason) for t in self.targets if t.name in names]
+        targets = tuple(target for target in self.targets if target.name not in names)
+        return replace(self, targets=targets, skipped=(*self.skipped, *left))
 
     @property
     def target_parameters(self) -> int:

@@ -4,14 +4,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eckart.model.operators import operator
 from eckart.portable.linear import empty_like, is_factorized, share_basis_, swap_
 from eckart.storages import FactorizedLayer, Pair, find
 from eckart.types import Factors, Group
-
-Tensor = torch.Tensor
 
 
 def factorize_group_(model: nn.Module, group: Group, factors: Factors) -> None:

@@ -9,14 +9,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eckart.model.walk import replaced
 from eckart.portable.linear import is_factorized, is_linear, shape_of, weight_view
 from eckart.types import Target
 
-Tensor = torch.Tensor
 Listener = Callable[[Tensor, Tensor], None]  # sees what enters and what leaves, [..., in] and [..., out]
 
 

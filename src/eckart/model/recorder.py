@@ -4,13 +4,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eckart.model.operators import operator
 from eckart.types import Target
-
-Tensor = torch.Tensor
 
 
 class Recorder:

@@ -2,9 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-import torch
-
-Tensor = torch.Tensor
+from torch import Tensor
 
 
 class Store:

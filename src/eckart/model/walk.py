@@ -15,15 +15,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eckart.model.calls import HIDDEN, Call, capture, forwards_replaced
 from eckart.model.residence import Residence
 from eckart.model.store import Store
 from eckart.portable.linear import swap_
 from eckart.progress import Progress, silent, track
-
-Tensor = torch.Tensor
 
 BATCH_TOKENS = 2048  # in a batch: enough for products at full speed, few enough to keep activations small
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
+from eckart.errors import DataError
 from eckart.factorizers.base import Factorizer, GroupDecomposition
 from eckart.model.discovery import Layout
 from eckart.model.factorise import factorized_layers
@@ -21,16 +21,19 @@ from eckart.statistics.sums import GroupStatistics, Statistics
 from eckart.statistics.sweep import sweep
 from eckart.types import Entry, Group, Spectrum
 
-Tensor = torch.Tensor
 log = logging.getLogger(__name__)
 
 
 class Decomposed(Mapping[str, GroupDecomposition]):
-    """The decompositions of some groups, by name, in their order."""
+    """The decompositions of some groups, by name, in their order.
+
+    `unreached` are the targets of the groups that have none, since no token of the calibration reached a member.
+    """
 
     def __init__(self, model: nn.Module, groups: Sequence[Group], parts: Mapping[str, GroupDecomposition]) -> None:
-        self.model, self.groups = model, list(groups)
-        self._parts = {group.name: parts[group.name] for group in groups}
+        self.model, self.groups = model, [group for group in groups if group.name in parts]
+        self._parts = {group.name: parts[group.name] for group in self.groups}
+        self.unreached = [name for group in groups if group.name not in parts for name in group.names]
 
     def __getitem__(self, name: str) -> GroupDecomposition:
         return self._parts[name]
@@ -92,7 +95,8 @@ def decompose(
     `windows` is `[windows, length]` token ids, or None for a factorizer without needs. A group is
     decomposed as soon as the sweep has passed all its members, and statistics that no other group
     waits for are dropped at once, so that the Grams of one block are in memory, not of all. With `spill`, a folder,
-    decompositions are moved there as they are made.
+    decompositions are moved there as they are made. A group with a member that no token reached has no decomposition;
+    raises `DataError` when that goes for all.
     """
     done: dict[str, GroupDecomposition] = {}
     waiting = list(groups)
@@ -102,17 +106,24 @@ def decompose(
         statistics |= reached
         weights |= {name: operator(model, name).weight for name in reached}
         for group in [group for group in waiting if all(name in weights for name in group.names)]:
+            waiting.remove(group)
             members = GroupStatistics(tuple(statistics[name] for name in group.names) if factorizer.needs else ())
+            if any(member.tokens == 0 for member in members.members):
+                continue
             made = factorizer.decompose(group, [weights[name] for name in group.names], members)
             made.drift = members.drift
             made.close()
             if spill is not None:
                 made.spill(spill)
             done[group.name] = made
-        waiting = [group for group in waiting if group.name not in done]
         needed = {name for group in waiting for name in group.names}
         statistics = {name: value for name, value in statistics.items() if name in needed}
         weights = {name: value for name, value in weights.items() if name in needed}
+    if groups and not done:
+        raise DataError(
+            f"no token of the calibration reached {groups[0].name}, nor any other layer to compress; calibrate on more "
+            "text, or on text of the kind that the model is for."
+        )
     for note, count in Counter(made.note for made in done.values() if made.note).items():
         log.warning("%s (%d of %d groups)", note, count, len(done))
     return Decomposed(model, groups, done)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from eckart import ledger
 from eckart.checkpoints import checkpoint
@@ -22,7 +23,6 @@ from eckart.text.calibration import Calibration
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Tensor = torch.Tensor
 log = logging.getLogger("eckart.run")
 
 
@@ -58,6 +58,10 @@ def load(
     nothing to compress.
     """
     named = dtypes.named(dtype)
+    if device.startswith("mps"):
+        raise OptionError(
+            f"device is {device!r}, which has no float64, as sums of statistics need; use cpu or cuda."
+        )
     with stages("load", counts=True):
         source = model if isinstance(model, str) else None
         if isinstance(model, str):

@@ -3,6 +3,7 @@
 No weight is touched for good.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,6 +28,8 @@ from eckart.support.cache import cache_folder
 from eckart.support.versions import versions
 from eckart.support.work import Key, WorkFolder
 from eckart.types import Budget, Entry, Group, Part, Spectrum
+
+log = logging.getLogger("eckart.run")
 
 
 @dataclass
@@ -87,11 +90,18 @@ def take_plan(
 def decompose_for(
     loaded: Loaded, text: Text, recipe: Recipe, groups: Sequence[Group], *, spill: Path | None = None, stages: Stages
 ) -> Decomposed:
-    """Decompose the groups by the recipe's factorizer, on the text if that wants any."""
+    """Decompose the groups by the recipe's factorizer, on the text if that wants any.
+
+    Targets that no token of the text reached leave the layout, with the reason.
+    """
     factorizer = recipe.make_factorizer()
     ids = text.ids() if factorizer.needs and groups else None
     with stages("calibrate and decompose"):
-        return decompose(loaded.model, loaded.layout, groups, factorizer, ids, spill=spill, progress=stages.progress)
+        made = decompose(loaded.model, loaded.layout, groups, factorizer, ids, spill=spill, progress=stages.progress)
+    if made.unreached:
+        log.warning("%s stay dense: no token of the calibration reached them", ", ".join(made.unreached))
+        loaded.layout = loaded.layout.without(made.unreached, "no token of the calibration reached it")
+    return made
 
 
 def hold_out(loaded: Loaded, text: Text, decomposed: Decomposed) -> HeldOut | None:

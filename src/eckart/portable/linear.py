@@ -6,8 +6,7 @@ Checkpoints are read through this file too, so it travels with them: torch and t
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 try:
     from eckart.storages import FactorizedLayer, find
@@ -16,8 +15,6 @@ except ImportError:  # in a checkpoint, where the storages that it needs lie bes
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
-
-Tensor = torch.Tensor
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from math import cos, isfinite, pi
 
 import torch
+from torch import Tensor
 from torch.func import functional_call
 
 from eckart.refiners._block_forms import BlockForm, Factors
 from eckart.refiners._two_streams import AtBlock
-
-Tensor = torch.Tensor
 
 CLIP = 1.0  # of the common gradient norm
 CHECKS = 5  # the stop rule looks this many checks back

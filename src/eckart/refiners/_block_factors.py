@@ -5,15 +5,13 @@ from collections.abc import Sequence
 from math import ceil
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eckart.errors import DataError, NumericalError
 from eckart.refiners._block_forms import Factors
 from eckart.refiners.base import Refinement
 from eckart.storages import FactorizedLayer
 from eckart.types import Target
-
-Tensor = torch.Tensor
 
 
 def plain_pairs(work: Refinement) -> frozenset[str]:

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from eckart.linalg import damped
 from eckart.maths.subspace import ProjectedAdam, orthonormal, top_subspace
 
-Tensor = torch.Tensor
 Factors = dict[str, tuple[Tensor, Tensor]]  # kind -> basis [rank, in], coefficients [out, rank]
 
 BETAS = (0.9, 0.95)

@@ -7,7 +7,7 @@ the left side of `factorizers/two_sided.py`, carried from a layer's output to th
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eckart.errors import NumericalError
 from eckart.model.discovery import Layout
@@ -18,8 +18,6 @@ from eckart.refiners.base import Refinement
 from eckart.statistics.at_outputs import backward_block
 from eckart.statistics.sums import Gram, Need
 from eckart.statistics.sweep import backward
-
-Tensor = torch.Tensor
 
 LABELS = frozenset({Need.GRADIENT_GRAM})  # sampled from the model's own predictions
 

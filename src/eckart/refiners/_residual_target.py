@@ -7,10 +7,9 @@ what the compressed block adds before this layer). Computed in float64.
 """
 
 import torch
+from torch import Tensor
 
 from eckart.linalg import DAMPING, Decomposition, Metric, Side, damped
-
-Tensor = torch.Tensor
 
 
 def blend(own: Tensor, target: Tensor, share: float) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from eckart.model.operators import dense_again
 from eckart.model.recorder import Recorder
@@ -19,7 +20,6 @@ from eckart.refiners.base import Refinement
 from eckart.statistics.sums import Gram
 from eckart.types import Target
 
-Tensor = torch.Tensor
 Goal = Literal["anchored", "same_input"]
 
 

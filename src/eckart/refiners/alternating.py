@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, final
 
 import torch
+from torch import Tensor
 
 from eckart.errors import NumericalError, OptionError
 from eckart.linalg import DAMPING
@@ -20,7 +21,6 @@ from eckart.refiners.base import Refinement, Refiner
 from eckart.storages import FactorizedLayer
 from eckart.types import Target
 
-Tensor = torch.Tensor
 log = logging.getLogger(__name__)
 
 

@@ -9,14 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eckart.model.discovery import Layout
 from eckart.plans.plan import Plan
 from eckart.progress import Progress, silent
-
-Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)

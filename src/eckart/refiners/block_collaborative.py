@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eckart.errors import NumericalError, OptionError
 from eckart.linalg import DAMPING, Decomposition, Metric
@@ -23,7 +23,6 @@ from eckart.statistics.sums import Gram
 from eckart.storages import FactorizedLayer
 from eckart.types import Target
 
-Tensor = torch.Tensor
 log = logging.getLogger(__name__)
 
 GAIN = 1e-5  # relative; less than this on held-out windows is no gain

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eckart.errors import NumericalError, OptionError
 from eckart.maths.divergence import from_log_probabilities
@@ -19,7 +19,6 @@ from eckart.progress import track
 from eckart.refiners.base import Refinement, Refiner
 from eckart.text.self_text import write_windows
 
-Tensor = torch.Tensor
 log = logging.getLogger(__name__)
 
 BETAS = (0.9, 0.95)  # a run has too few steps for a longer memory

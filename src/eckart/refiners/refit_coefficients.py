@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
+from torch import Tensor
 
 from eckart.errors import NumericalError, OptionError
 from eckart.linalg import DAMPING
@@ -11,8 +12,6 @@ from eckart.refiners.base import Refinement, Refiner
 from eckart.statistics.sums import Need
 from eckart.statistics.sweep import sweep
 from eckart.storages import FactorizedLayer, find
-
-Tensor = torch.Tensor
 
 
 @final

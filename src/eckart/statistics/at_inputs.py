@@ -3,14 +3,12 @@
 from collections.abc import Collection, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eckart.errors import NumericalError
 from eckart.model.operators import operator
 from eckart.statistics.sums import Gram, Need, Statistics
 from eckart.types import Target
-
-Tensor = torch.Tensor
 
 
 def collect_input(
@@ -72,13 +70,12 @@ def _choose_grams(
 
 
 def finish_inputs(target: Target, statistics: Statistics, needs: frozenset[Need]) -> None:
-    """Turn sums into means where the statistic is a mean, and check that everything is finite."""
+    """Turn sums into means where the statistic is a mean, and check that everything is finite.
+
+    A target that no token reached has no sums: `tokens` is 0, and it cannot be decomposed.
+    """
     if statistics.tokens and statistics.input_absmean is not None:
         statistics.input_absmean = statistics.input_absmean / statistics.tokens
-    if statistics.tokens == 0 and needs:
-        raise NumericalError(
-            f"{target.name}: no calibration token reached this layer; calibrate on more text or --exclude it."
-        )
     for gram in (statistics.input_gram, statistics.output_gram):
         if gram is not None and gram.tokens != statistics.tokens:
             raise NumericalError(

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eckart.errors import NumericalError
 from eckart.model.calls import Call
@@ -28,8 +28,6 @@ from eckart.statistics.sums import (
     mark_three_quarters,
 )
 from eckart.types import Target
-
-Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)

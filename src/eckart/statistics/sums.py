@@ -6,10 +6,9 @@ from enum import StrEnum
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from eckart.linalg import DAMPING, Metric, Side
-
-Tensor = torch.Tensor
 
 
 class Need(StrEnum):

@@ -13,7 +13,7 @@ gradient is ever formed by autograd.
 from collections.abc import Collection, Iterable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eckart.errors import NumericalError
 from eckart.model.discovery import Layout
@@ -25,8 +25,6 @@ from eckart.statistics.at_inputs import collect_input, finish_inputs
 from eckart.statistics.at_outputs import Backward, backward_block, check_labels, loss_gradients
 from eckart.statistics.sums import GRADIENT_NEEDS, Need, Statistics, mark_three_quarters
 from eckart.types import Target
-
-Tensor = torch.Tensor
 
 
 @torch.no_grad()

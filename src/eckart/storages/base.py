@@ -12,9 +12,7 @@ from fractions import Fraction
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
-
-Tensor = torch.Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)

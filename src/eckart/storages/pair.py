@@ -6,11 +6,9 @@ from math import floor
 from typing import Any, ClassVar, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .base import FactorizedLayer, Pair, Size, Storage, checked_rank, fixed
-
-Tensor = torch.Tensor
 
 
 class FactorizedLinear(FactorizedLayer):

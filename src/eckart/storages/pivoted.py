@@ -4,12 +4,10 @@ from collections.abc import Mapping
 from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .base import FactorizedLayer, Pair, Size, Storage, checked_rank, fixed
 from .pair import pair_of
-
-Tensor = torch.Tensor
 
 INDEX_BYTES = 4  # of one entry of an index, int32
 

@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eckart.errors import OutputError
 from eckart.support.files import output_error, write_text
-
-Tensor = torch.Tensor
 
 
 class Key:

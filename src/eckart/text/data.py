@@ -22,13 +22,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from eckart.errors import DataError, OptionError
 from eckart.text import sources
 from eckart.text.self_text import write_windows
 from eckart.text.sources import Part, Purpose, Source, parse_spec
-
-Tensor = torch.Tensor
 
 BOS = ("none", "start", "window")
 AMPLE = 32  # characters read per token needed; a token of prose is 4 to 5 of them

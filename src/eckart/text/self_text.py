@@ -5,11 +5,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from eckart.errors import DataError, NumericalError
 from eckart.progress import Progress, silent
 
-Tensor = torch.Tensor
 BATCH = 16  # windows written side by side
 
 

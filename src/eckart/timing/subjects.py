@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import Tensor
 
 from eckart.checkpoints import checkpoint
 from eckart.engines.onnx_model import GRAPH, OnnxModel
@@ -12,8 +13,6 @@ from eckart.support import dtypes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Tensor = torch.Tensor
 
 
 class Subject(Protocol):

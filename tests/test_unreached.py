@@ -1,0 +1,68 @@
+"""A layer that no calibration token reaches stays dense and is told; only where nothing is reached is it an error."""
+
+import pytest
+import torch
+from torch import nn
+
+import eckart
+from eckart.errors import DataError, OptionError
+from eckart.factorizers.svd_llm import SVDLLM
+from eckart.model.discovery import discover
+from eckart.planning.decomposed import decompose
+from eckart.tiny import tiny_models, tiny_tokenizer
+from eckart.types import Group
+
+TEXT = "".join(chr(97 + int(i)) for i in torch.randint(26, (4000,), generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.fixture
+def calibration(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    return eckart.Calibration(str(tmp_path / "text.txt"), windows=6, length=32)
+
+
+def with_a_spare_layer():
+    """A model with a linear layer in its first block that nothing calls."""
+    model = tiny_models()["llama"]()
+    model.model.layers[0].spare = nn.Linear(32, 32, bias=False)
+    return model
+
+
+@pytest.mark.parametrize("recipe", ["svd-llm", "eckart", "d-rank", "cpsvd"])
+def test_it_stays_dense_and_is_told(calibration, recipe, caplog):
+    model = with_a_spare_layer()
+    made = eckart.compress(model, tokenizer=tiny_tokenizer(), recipe=recipe, keep=0.6, calibration=calibration)
+    name = "model.layers.0.spare"
+    assert type(model.get_submodule(name)) is nn.Linear
+    assert name not in {target for entry in made.plan.entries for target in entry.targets}
+    assert name not in {target.name for target in made.layout.targets}
+    (left,) = [skipped for skipped in made.layout.skipped if skipped.name == f"{name}.weight"]
+    assert left.reason == "no token of the calibration reached it"
+    assert f"{name} stay dense" in caplog.text
+    assert made.ledger.keep <= 0.6
+    assert made.ledger.target_parameters_dense == sum(
+        target.parameters for target in discover(tiny_models()["llama"]()).targets
+    )
+
+
+def test_a_group_with_such_a_member_is_left_whole():
+    model = with_a_spare_layer()
+    targets = {target.name: target for target in discover(model).targets}
+    reached, spare = targets["model.layers.0.self_attn.q_proj"], targets["model.layers.0.spare"]
+    windows = torch.randint(4, 99, (2, 12), generator=torch.Generator().manual_seed(0))
+    groups = [Group((reached, spare)), Group((targets["model.layers.1.self_attn.q_proj"],))]
+    made = decompose(model, discover(model), groups, SVDLLM(), windows)
+    assert made.unreached == [reached.name, spare.name]
+    assert list(made) == ["model.layers.1.self_attn.q_proj"]
+
+
+def test_where_nothing_is_reached_it_is_an_error():
+    model = with_a_spare_layer()
+    layout = discover(model, include=["spare"])
+    with pytest.raises(DataError, match=r"no token of the calibration reached model\.layers\.0\.spare, nor any other"):
+        decompose(model, layout, [Group(layout.targets)], SVDLLM(), torch.full((2, 12), 5))
+
+
+def test_a_device_without_float64_is_refused_before_any_work(calibration):
+    with pytest.raises(OptionError, match="device is 'mps', which has no float64"):
+        eckart.compress("no-such-model", device="mps", calibration=calibration)
