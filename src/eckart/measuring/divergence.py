@@ -34,7 +34,7 @@ class Divergence:
     def __init__(self, model: nn.Module, residence: Residence, dense: Stream) -> None:
         assert dense.position == len(residence)
         self.model, self.residence = model, residence
-        self.batches, self.returns_tuple, self.finals = dense.batches, dense.returns_tuple, dense.states.copy()
+        self.batches, self.returned, self.finals = dense.batches, dense.returned, dense.states.copy()
         self.head = self._plain_head()
         self.references: list[maths.Reference] = []
         if self.head is not None:
@@ -79,7 +79,7 @@ class Divergence:
     def _logits(self, index: int, part: slice, hidden: Tensor) -> Tensor:
         """Of batch `index` at some positions, whose states after the last block are `hidden`."""
         ids = self.batches[index][:, part]
-        logits: Tensor = tail_of(self.model, self.residence, ids, hidden, self.returns_tuple).logits
+        logits: Tensor = tail_of(self.model, self.residence, ids, hidden, self.returned).logits
         return logits
 
     def _by_chunks(self, index: int, hidden: Tensor) -> float:

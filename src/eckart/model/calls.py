@@ -35,31 +35,54 @@ class Call:
             output = block(*self.args, **{**self.kwargs, HIDDEN: hidden})
         else:
             output = block(hidden, *self.args, **self.kwargs)
-        result: Tensor = output[0] if isinstance(output, tuple) else output
-        return result
+        return states_of(output)
+
+
+def states_of(output: Any) -> Tensor:
+    """The hidden states `[batch, seq, width]` of what a block returned: itself, or the first of several things."""
+    result: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return result
+
+
+@dataclass(frozen=True)
+class Returned:
+    """What a block returns, as block 0 did: other hidden states can be put in the place of its own.
+
+    What else a block returns (biases of attention, caches) is handed on as block 0 gave it. A model that carries more
+    than hidden states from block to block is none that can be walked, which `eckart.model.walk.prove` finds out.
+    """
+
+    output: Any = None
+
+    def around(self, states: Tensor) -> Any:
+        if isinstance(self.output, tuple) and hasattr(self.output, "_fields"):
+            return type(self.output)(states, *self.output[1:])
+        if isinstance(self.output, tuple | list):
+            return type(self.output)([states, *self.output[1:]])
+        return states
 
 
 @dataclass
 class Captured:
     """What one run of the model showed.
 
-    `hidden[i]` `[batch, seq, width]` enters block 0 of batch i, which calls block b by `calls[i][b]`; `returns_tuple`
-    says whether a block returns a tuple.
+    `hidden[i]` `[batch, seq, width]` enters block 0 of batch i, which calls block b by `calls[i][b]`; `returned` is
+    what a block returns.
     """
 
     hidden: list[Tensor]
     calls: list[list[Call]]
-    returns_tuple: bool
+    returned: Returned
 
 
 @torch.no_grad()
 def capture(model: nn.Module, blocks: Iterable[nn.Module], batches: Sequence[Tensor]) -> Captured:
     """Run the model up to its first block on every batch, `[batch, length]` token ids, and capture every block's call.
 
-    Only the embeddings really run, and block 0 once, to see whether a block returns a tuple. Raises `ModelError` for
+    Only the embeddings really run, and block 0 once, to see what a block returns. Raises `ModelError` for
     a model that does not run every block once.
     """
-    captured = Captured([], [], returns_tuple=False)
+    captured = Captured([], [], Returned())
     seen, blocks = _Interned(), list(blocks)
     for batch in batches:
         stand_in = _Capture(captured, seen, last=len(blocks) - 1)
@@ -87,13 +110,13 @@ class _Capture:
             state = kwargs[HIDDEN] if by_name else args[0]
             if index == 0:
                 if not self.captured.hidden:
-                    self.captured.returns_tuple = isinstance(real(*args, **kwargs), tuple)
+                    self.captured.returned = Returned(real(*args, **kwargs))
                 self.captured.hidden.append(state)
             args, kwargs = (args, {**kwargs, HIDDEN: None}) if by_name else (args[1:], kwargs)
             self.calls.append(Call(self.seen.share(args), self.seen.share(kwargs)))
             if index == self.last:
                 raise _Stop
-            return (state,) if self.captured.returns_tuple else state
+            return self.captured.returned.around(state)
 
         return forward
 

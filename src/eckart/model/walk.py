@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eckart.model.calls import HIDDEN, Call, capture, forwards_replaced
+from eckart.errors import ModelError
+from eckart.model.calls import HIDDEN, Call, Returned, capture, forwards_replaced
 from eckart.model.residence import Residence
 from eckart.model.store import Store
 from eckart.portable.linear import swap_
 from eckart.progress import Progress, silent, track
 
 BATCH_TOKENS = 2048  # in a batch: enough for products at full speed, few enough to keep activations small
+TOLERANCE = 1e-3  # of the largest logit: what two orders of the same products may differ by, in half precision too
 
 
 @dataclass
@@ -37,7 +39,7 @@ class Stream:
     batches: tuple[Tensor, ...]
     states: Store
     calls: list[list[Call]]
-    returns_tuple: bool
+    returned: Returned
     position: int = 0
 
     @property
@@ -124,7 +126,7 @@ def open_stream(model: nn.Module, residence: Residence, batches: Sequence[Tensor
     """The states of every batch `[batch, seq]` before the first block, and how the model calls each block."""
     with residence.block(0):
         captured = capture(model, residence.structure, batches)
-    return Stream(tuple(batches), Store(captured.hidden), captured.calls, captured.returns_tuple)
+    return Stream(tuple(batches), Store(captured.hidden), captured.calls, captured.returned)
 
 
 def run_tail(
@@ -139,22 +141,46 @@ def run_tail(
     ids, state = stream.batches[batch], stream.states[batch]
     if part is not None:
         ids, state = ids[part], state[part]
-    return tail_of(model, residence, ids, state, stream.returns_tuple)
+    return tail_of(model, residence, ids, state, stream.returned)
 
 
-def tail_of(model: nn.Module, residence: Residence, ids: Tensor, state: Tensor, returns_tuple: bool) -> Any:
+def tail_of(model: nn.Module, residence: Residence, ids: Tensor, state: Tensor, returned: Returned) -> Any:
     """What the model makes of the states `[batch, seq, width]` that leave its last block, for these token ids."""
     last = len(residence) - 1
 
     def fake(number: int, real: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             result = state if number == last else kwargs[HIDDEN] if HIDDEN in kwargs else args[0]
-            return (result,) if returns_tuple else result
+            return returned.around(result)
 
         return forward
 
     with forwards_replaced(residence.structure, fake):
         return model(input_ids=ids, use_cache=False)
+
+
+@torch.no_grad()
+def prove(model: nn.Module, residence: Residence, ids: Tensor) -> None:
+    """Walk one window `[length]` of token ids and compare with a plain forward pass of the model.
+
+    Everything that is collected, measured and refined rests on the walk giving the model's own states. Raises
+    `ModelError` that names the model where it does not: one that runs a block more than once, carries more than hidden
+    states from block to block, or has its blocks somewhere else than where they were found.
+    """
+    ids = ids[None].to(residence.device)
+    expected = model(input_ids=ids, use_cache=False)
+    stream = pass_blocks(residence, open_stream(model, residence, [ids]))
+    found = run_tail(model, residence, stream, 0)
+    if not hasattr(expected, "logits"):
+        raise ModelError(f"{type(model).__name__}: gives no logits of a next token, so its losses cannot be measured.")
+    gap = (found.logits - expected.logits).float().abs().max()
+    scale = expected.logits.float().abs().max()
+    if not gap <= TOLERANCE * scale.clamp(min=1e-30) and torch.isfinite(scale):
+        raise ModelError(
+            f"{type(model).__name__}: run block by block, its predictions differ from its own (by {gap / scale:.1e} of "
+            f"the largest); the blocks in {residence.name!r} are not run one after the other, once each, so eckart "
+            "cannot compress this model."
+        )
 
 
 @contextmanager

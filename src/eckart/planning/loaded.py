@@ -14,6 +14,8 @@ from eckart.errors import OptionError
 from eckart.ledger import Ledger
 from eckart.measuring.held_out import WINDOWS as SPARE
 from eckart.model.discovery import Layout, check_finite, discover
+from eckart.model.residence import residence_of
+from eckart.model.walk import prove
 from eckart.plans import Plan, resolve
 from eckart.progress import Stages
 from eckart.support import dtypes
@@ -59,9 +61,7 @@ def load(
     """
     named = dtypes.named(dtype)
     if device.startswith("mps"):
-        raise OptionError(
-            f"device is {device!r}, which has no float64, as sums of statistics need; use cpu or cuda."
-        )
+        raise OptionError(f"device is {device!r}, which has no float64, as sums of statistics need; use cpu or cuda.")
     with stages("load", counts=True):
         source = model if isinstance(model, str) else None
         if isinstance(model, str):
@@ -98,6 +98,7 @@ class Text:
                     spec.pop("data"), self.loaded.tokenizer, model=self.loaded.model, spare=SPARE, **spec
                 )
                 data.check_length(self.windows, self.loaded.model)
+                prove(self.loaded.model, residence_of(self.loaded.model, self.loaded.layout), self.windows.ids[0])
                 log.info("calibration: %s", self.windows.recipe)
         return self.windows
 

@@ -66,7 +66,7 @@ def loss_gradients(
         for ids, state in zip(torch.split(stream.batches[batch], 1), torch.split(stream.states[batch], 1), strict=True):
             state = state.detach().requires_grad_()
             with torch.enable_grad():
-                logits = tail_of(model, residence, ids, state, stream.returns_tuple).logits[:, :-1]
+                logits = tail_of(model, residence, ids, state, stream.returned).logits[:, :-1]
             at_logits = _at_logits(torch.softmax(logits.detach().float(), -1), ids, first, needs, seed)
             (gradient,) = torch.autograd.grad(logits, state, at_logits.to(logits.dtype))
             parts.append(gradient)
