@@ -7,35 +7,30 @@ come; a second run measures only what is missing. Recovery and refinement: `refi
 """
 
 import argparse
-import json
 from pathlib import Path
 
-from recipes import figures, measure_plan, read_tests
+from _common import Bench, Corpora, read_report, write_report
 
-from eckart import Calibration, recipes
-from eckart.support.versions import versions
+from eckart import recipes
 from eckart.planning.goals import Goal
-from eckart.progress import silent
-from eckart.run import Run
-from eckart.support.files import write_text
 
-PAIR, OFF, CHEAP = {"allocator.storage": "pair"}, {"allocator.correction": "off"}, {"allocator.correction": "cheap"}
-ONE_SIDED = {"factorizer": "svd_llm"}
+PAIR, OFF, CHEAP = {"storage": "pair"}, {"allocator.correction": "off"}, {"allocator.correction": "cheap"}
+ONE_SIDED, UNIFORM = {"factorizer": "svd_llm"}, {"allocator": "uniform"}
 ROWS = {  # options that make the row of recipe `eckart`, metric by metric
     "one-sided": {
-        "svd-llm": {**ONE_SIDED, "allocator": "uniform"},
+        "svd-llm": {**ONE_SIDED, **UNIFORM, **PAIR},
         "svd-llm + water level, losses relative": {**ONE_SIDED, **PAIR, **OFF, "allocator.normalise": True},
-        "svd-llm + pivoted": {**ONE_SIDED, "allocator": "uniform", "allocator.storage": "pivoted"},
+        "svd-llm + pivoted": {**ONE_SIDED, **UNIFORM},
         "without the two-sided metric": {**ONE_SIDED, **OFF},
         "without the two-sided metric, losses relative": {**ONE_SIDED, **OFF, "allocator.normalise": True},
     },
     "two-sided": {
-        "svd-llm + two-sided metric": {"allocator": "uniform"},
+        "svd-llm + two-sided metric": {**UNIFORM, **PAIR},
         "... + water level": {**PAIR, **OFF},
         "... + pivoted = without correction": OFF,
         "... + cheap correction": CHEAP,
         "... + correction = eckart": {},
-        "without water level": {"allocator": "uniform", "allocator.storage": "pivoted"},
+        "without water level": UNIFORM,
         "without pivoted": PAIR,
     },
     "true labels": {"cheap, true labels instead of sampled": {**CHEAP, "factorizer.labels": "true"}},
@@ -53,26 +48,25 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS), help="metrics; all without it")
     parser.add_argument("--keep", type=float, nargs="*", default=[0.8, 0.6])
     arguments = parser.parse_args()
-    report = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": {}}
-    report["versions"] = versions()
+    report = read_report(arguments.out)
     for rows in (ROWS[metric] for metric in arguments.only):
         if all(f"{name} {keep}" in report["rows"] for name in rows for keep in arguments.keep):
             continue
         variants = {name: recipes.find("eckart", options) for name, options in rows.items()}
-        calibration = Calibration(arguments.calibration, windows=32, length=512)
-        first = next(iter(variants.values()))
-        run = Run(arguments.model, first, None, calibration, None, (), (), "cpu", "auto", arguments.work, silent)
-        tests, dense = read_tests(run.model, run.tokenizer, arguments.test)
-        report["dense"] = figures(run.model, tests, dense)
-        for name, run.recipe in variants.items():
+        bench = Bench(arguments.model, arguments.calibration, work=arguments.work)
+        bench.decompose(next(iter(variants.values())))
+        corpora = Corpora(bench.model, bench.tokenizer, arguments.test)
+        report["dense"] = corpora.figures(bench.model)
+        for name, recipe in variants.items():
             for keep in arguments.keep:
                 if f"{name} {keep}" in report["rows"]:
                     continue
-                plan = run.make_plan(Goal.of(keep, None, None), 1)
-                row = {**plan.reached, **measure_plan(run, plan, tests, dense)}
+                plan = bench.plan(recipe, Goal(keep)).plan
+                with bench.in_place(plan):
+                    row = {**plan.reached, **corpora.figures(bench.model)}
                 report["rows"][f"{name} {keep}"] = row
                 print(name, keep, row["wikitext-2"], row["python-docs"], flush=True)
-                write_text(arguments.out, json.dumps(report, indent=1) + "\n")
+                write_report(arguments.out, report)
 
 
 if __name__ == "__main__":

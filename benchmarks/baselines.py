@@ -18,66 +18,44 @@ import time
 from pathlib import Path
 
 import torch
+from _common import LENGTH, TEST_WINDOWS, WINDOWS, Bench, named, read_report, write_report
 
 from eckart import recipes
 from eckart.checkpoints import checkpoint
-from eckart.support.versions import versions
-from eckart.evaluation.measure import perplexity
-from eckart.ledger import make_ledger
-from eckart.model.discovery import discover
-from eckart.model.factorise import factorize_group_
-from eckart.planning.decomposed import decompose
-from eckart.portable.linear import swap_
-from eckart.support.files import write_text
+from eckart.measuring.perplexity import perplexity
+from eckart.planning.goals import Goal
 from eckart.text.data import load_windows
-from eckart.types import Budget, Group
 
 RECIPES = ("svd", "asvd", "fwsvd", "svd-llm")
 KEEPS = (0.8, 0.6)
-WINDOWS, TEST_WINDOWS, LENGTH = 32, 8, 512
 ENTER = "import sys; from eckart._cli import main; sys.argv = ['eckart', *sys.argv[1:]]; main()"
 
 
 def measure_recipes(model_path: str, calibration: str, test: str, report: dict, out: Path) -> None:
     """Fill report["perplexity"] with one row for each recipe and share."""
-    rows = report.setdefault("perplexity", {})
+    rows = report["perplexity"]
     if all(f"{recipe} {keep}" in rows for recipe in RECIPES for keep in KEEPS):
         return
-    model, tokenizer = checkpoint.load_model(model_path), checkpoint.load_tokenizer(model_path)
-    windows = load_windows(calibration, tokenizer, windows=WINDOWS, length=LENGTH)
-    tests = load_windows(test, tokenizer, windows=TEST_WINDOWS, length=LENGTH, purpose="evaluation")
-    report["data"] = {"calibration": named(windows), "test": named(tests)}
-    rows["dense"] = {"perplexity": perplexity(model, list(tests.ids)).value}
-    layout = discover(model)
-    groups = [Group((target,)) for target in layout.targets]
+    bench = Bench(model_path, calibration)
+    tests = load_windows(test, bench.tokenizer, windows=TEST_WINDOWS, length=LENGTH, purpose="evaluation")
+    report["data"] = {"calibration": named(bench.text.read()), "test": named(tests)}
+    rows["dense"] = {"perplexity": perplexity(bench.model, list(tests.ids)).value}
     for name in RECIPES:
         recipe = recipes.find(name)
         start = time.perf_counter()
-        made = decompose(model, layout, groups, recipe.make_factorizer(), windows.ids)
+        bench.decompose(recipe)
         seconds = time.perf_counter() - start
         for keep in KEEPS:
-            entries = recipe.make_allocator().allocate([d.spectrum for d in made.values()], Budget(keep))
-            dense = {group.name: model.get_submodule(group.name) for group in groups}
-            for group, entry in zip(groups, entries, strict=True):
-                factorize_group_(model, group, entry, made[group.name])
-            rows[f"{name} {keep}"] = {
-                "perplexity": perplexity(model, list(tests.ids)).value,
-                "keep_reached": make_ledger(groups, entries, layout.parameters, 4).keep,
-                "recipe": recipe.to_dict(),
-                "seconds_decompose": round(seconds, 1),
-            }
-            for group_name, module in dense.items():
-                swap_(model, group_name, module)
+            plan = bench.plan(recipe, Goal(keep)).plan
+            with bench.in_place(plan):
+                rows[f"{name} {keep}"] = {
+                    "perplexity": perplexity(bench.model, list(tests.ids)).value,
+                    "keep_reached": plan.reached["keep"],
+                    "recipe": recipe.to_dict(),
+                    "seconds_decompose": round(seconds, 1),
+                }
             print(name, keep, rows[f"{name} {keep}"]["perplexity"], flush=True)
-            save(report, out)
-
-
-def named(windows) -> dict:
-    """The data recipe with file names in the place of paths."""
-    recipe = windows.recipe.to_dict()
-    recipe["spec"] = Path(recipe["spec"]).name
-    recipe["parts"] = [{**part, "source": Path(part["source"]).name} for part in recipe["parts"]]
-    return recipe
+            write_report(out, report)
 
 
 def measure_cost(model_path: str, calibration: str, report: dict, out: Path, repeats: int) -> None:
@@ -105,7 +83,7 @@ def measure_cost(model_path: str, calibration: str, report: dict, out: Path, rep
             }
         )
         print(rows[-1], flush=True)
-        save(report, out)
+        write_report(out, report)
 
 
 def forward_pass(model_path: str, calibration: str) -> None:
@@ -127,11 +105,6 @@ def in_fresh_process(argv: list[str]) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def save(report: dict, out: Path) -> None:
-    report["versions"] = versions()
-    write_text(out, json.dumps(report, indent=1) + "\n")
-
-
 def main() -> None:
     if sys.argv[1:2] == ["forward"]:
         forward_pass(*sys.argv[2:])
@@ -144,7 +117,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--skip-cost", action="store_true")
     given = parser.parse_args()
-    report = json.loads(given.out.read_text()) if given.out.exists() else {}
+    report = read_report(given.out, "perplexity")
     measure_recipes(given.model, given.calibration, given.test, report, given.out)
     if not given.skip_cost:
         measure_cost(given.model, given.calibration, report, given.out, given.repeats)

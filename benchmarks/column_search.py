@@ -10,24 +10,19 @@ root, shared by layers with the same input, is made before the clock starts.
 import argparse
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from _common import Bench, write_report
 
-from eckart.checkpoints import checkpoint
-from eckart.support.versions import versions
+from eckart import recipes
 from eckart.factorizers.column_preserving import ColumnDecomposition, ColumnPreserving
-from eckart.linalg import Decomposition
+from eckart.ledger import rank_for
+from eckart.linalg import Decomposition, Metric, Side
 from eckart.maths.columns import Splits
-from eckart.measuring.sensitivity import candidate_rank
-from eckart.model.discovery import discover
-from eckart.planning.decomposed import decompose
-from eckart.support.files import write_text
-from eckart.text.data import load_windows
-from eckart.types import Group
+from eckart.types import Budget
 
 KEEP = 0.8
 
@@ -40,10 +35,13 @@ def timed(call: Any, *arguments: Any) -> tuple[Any, float]:
 
 
 def measure(made: ColumnDecomposition, method: ColumnPreserving) -> dict[str, Any]:
-    rank = candidate_rank(made.group, KEEP)
-    fresh = ColumnDecomposition(method, made)
+    rank = rank_for(made.group, KEEP, Budget(KEEP))
+    assert rank is not None
+    fresh = ColumnDecomposition(method, made, made.gram)
     plain, weight = made.decomposition, made.decomposition.weight
-    _, decomposing = timed(Decomposition, weight, plain.metric)
+    side = Side(gram=made.gram, damping=0.0)
+    _ = side.root
+    _, decomposing = timed(Decomposition, weight, Metric(right=side))
     _, cutting = timed(plain.truncate, rank)
     inner, original = 0, Splits.squared_error
 
@@ -78,20 +76,14 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/column_search.json"))
     options = parser.parse_args()
-    model, tokenizer = checkpoint.load_model(options.model), checkpoint.load_tokenizer(options.model)
-    windows = load_windows(options.calibration, tokenizer, windows=8, length=512).ids
-    layout = discover(model)
-    layout = replace(layout, targets=tuple(t for t in layout.targets if t.block == options.block))
-    made: dict[str, Any] = decompose(
-        model, layout, [Group((target,)) for target in layout.targets], ColumnPreserving(), windows
-    )  # fmt: skip
+    bench = Bench(options.model, options.calibration, windows=8, include=[f"*.{options.block}.*"])
     rows = []
-    for decomposition in made.values():
+    for decomposition in bench.decompose(recipes.find("duo-svd")).values():
+        assert isinstance(decomposition, ColumnDecomposition)
         for compensated in (False, True):
             rows.append(measure(decomposition, ColumnPreserving(compensated=compensated)))
             print(json.dumps(rows[-1]), flush=True)
-    report = {"threads": torch.get_num_threads(), "keep": KEEP, "rows": rows, "versions": versions()}
-    write_text(options.out, json.dumps(report, indent=1) + "\n")
+    write_report(options.out, {"threads": torch.get_num_threads(), "keep": KEEP, "rows": rows})
 
 
 if __name__ == "__main__":

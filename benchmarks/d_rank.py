@@ -11,23 +11,15 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
-from torch import nn
+from _common import Bench, named
 
 from eckart import recipes
-from eckart.checkpoints import checkpoint
-from eckart.support.versions import versions
-from eckart.evaluation.measure import perplexity
-from eckart.ledger import make_ledger
+from eckart.measuring.perplexity import perplexity
+from eckart.plans import Plan
 from eckart.plans.figures import with_figures
-from eckart.model.discovery import discover
-from eckart.model.factorise import factorize_group_
-from eckart.planning.decomposed import decompose
-from eckart.plans.plan import Plan
-from eckart.portable.linear import swap_, weight_view
-from eckart.refiners.base import Refinement
+from eckart.support.versions import versions
 from eckart.text.data import load_windows
 from eckart.types import Budget
 
@@ -58,19 +50,17 @@ def configurations(size: int) -> Iterator[tuple[str, str, dict, str | None]]:
             yield f"{ranks} for {kind} alone", "d-rank", {**shared, "allocator.beta": 0}, kind
 
 
-class Bench:
+class Table:
     """The model, its decompositions at one group size, and the rows measured so far."""
 
     def __init__(self, model_path: str, calibration: str, test: str, out: Path) -> None:
         self.out = out
         self.rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-        self.model, tokenizer = checkpoint.load_model(model_path), checkpoint.load_tokenizer(model_path)
-        self.windows = load_windows(calibration, tokenizer, windows=32, length=512)
-        self.tests = load_windows(test, tokenizer, windows=8, length=512, purpose="evaluation")
-        self.layout = discover(self.model)
+        self.bench = Bench(model_path, calibration)
+        self.tests = load_windows(test, self.bench.tokenizer, windows=8, length=512, purpose="evaluation")
         if not self.rows:
-            data = {"calibration": named(self.windows), "test": named(self.tests)}
-            dense = perplexity(self.model, list(self.tests.ids)).value
+            data = {"calibration": named(self.bench.text.read()), "test": named(self.tests)}
+            dense = perplexity(self.bench.model, list(self.tests.ids)).value
             self.add({"label": "dense", "keep": 1.0, "perplexity": dense, "data": data, "versions": versions()})
 
     def add(self, row: dict) -> None:
@@ -88,49 +78,34 @@ class Bench:
         if not work:
             return
         start = time.perf_counter()
-        self.groups = recipes.find("basis-sharing", {"grouping.size": size}).make_grouping().groups(self.layout.targets)
-        factorizer = recipes.find("d-rank").make_factorizer()
-        self.made = decompose(self.model, self.layout, self.groups, factorizer, self.windows.ids)
+        self.bench.decompose(recipes.find("d-rank", {"grouping.size": size}))
         print(f"decomposed at n = {size} in {time.perf_counter() - start:.0f} s", flush=True)
         for keep, (label, name, options, kind) in work:
             self.measure(keep, label, recipes.find(name, options), kind)
 
     def measure(self, keep: float, label: str, recipe: recipes.Recipe, only_kind: str | None) -> None:
-        spectra = [self.made[group.name].spectrum for group in self.groups]
+        spectra, groups = self.bench.decomposed.spectra, self.bench.decomposed.groups
         entries = recipe.make_allocator().allocate(spectra, Budget(keep))
         if only_kind is not None:
             uniform = recipes.find("basis-sharing").make_allocator().allocate(spectra, Budget(keep))
             entries = [e if e.name.endswith(only_kind) else u for e, u in zip(entries, uniform, strict=True)]
         entries = [with_figures(entry, spectrum) for entry, spectrum in zip(entries, spectra, strict=True)]
-        dense: dict[str, nn.Module] = {t.name: self.model.get_submodule(t.name) for t in self.layout.targets}
-        for group, entry in zip(self.groups, entries, strict=True):
-            if entry.rank is not None:
-                factorize_group_(self.model, group, entry, self.made[group.name])
-        ledger = make_ledger(self.groups, entries, self.layout.parameters, 4)
-        for refiner in recipe.make_refiners():
-            if refiner.applies(ledger.keep):
-                weights = {n: weight_view(dense[n]) for e in entries if e.rank is not None for n in e.targets}
-                plan = Plan(tuple(entries))
-                refiner.refine_(Refinement(self.model, self.layout, plan, weights, self.windows.ids))
-        value = perplexity(self.model, list(self.tests.ids)).value
-        for name, module in dense.items():
-            swap_(self.model, name, module)
+        plan = Plan(tuple(entries))
+        reached = self.bench.loaded.ledger(plan).keep
+        with self.bench.in_place(plan) as work:
+            for refiner in recipe.make_refiners():
+                if refiner.applies(reached):
+                    refiner.refine_(work)
+            value = perplexity(self.bench.model, list(self.tests.ids)).value
         ranks: dict[str, list] = {}
-        for group, entry in zip(self.groups, entries, strict=True):
+        for group, entry in zip(groups, entries, strict=True):
             ranks.setdefault(group.kind.rpartition(".")[2], []).append(entry.rank)
         tails = {}
         for spectrum, entry in zip(spectra, entries, strict=True):
             share = (spectrum.error(entry.rank) ** 2 if entry.rank is not None else 0.0) / spectrum.energy
             tails.setdefault(spectrum.group.kind.rpartition(".")[2], []).append(round(share, 5))
-        row = {"label": label, "keep": keep, "perplexity": value, "keep_reached": ledger.keep, "ranks": ranks}
+        row = {"label": label, "keep": keep, "perplexity": value, "keep_reached": reached, "ranks": ranks}
         self.add({**row, "relative_tail_energy": tails, "recipe": recipe.to_dict()})
-
-
-def named(windows) -> dict:
-    """The data recipe with file names in the place of paths."""
-    recipe = windows.recipe
-    parts = tuple(replace(part, source=Path(part.source).name) for part in recipe.parts)
-    return replace(recipe, spec=Path(recipe.spec).name, parts=parts).to_dict()
 
 
 def main() -> None:
@@ -143,9 +118,9 @@ def main() -> None:
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.8, 0.6])
     parser.add_argument("--only", nargs="+", default=[], help="only configurations whose label ends in one of these")
     options = parser.parse_args()
-    bench = Bench(options.model, options.calibration, options.test, options.out)
+    table = Table(options.model, options.calibration, options.test, options.out)
     for size in options.sizes:
-        bench.run(size, options.keeps, options.only)
+        table.run(size, options.keeps, options.only)
 
 
 if __name__ == "__main__":

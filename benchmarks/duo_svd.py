@@ -18,54 +18,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recipes import figures, read_tests
+from _common import Bench, Corpora, read_report, write_report
 
-from eckart.allocators.knapsack import Knapsack
+from eckart import recipes
+from eckart.allocators.knapsack import SHARES, Knapsack
 from eckart.allocators.uniform import Uniform
-from eckart.checkpoints import checkpoint
-from eckart.support.versions import versions
-from eckart.factorizers.column_preserving import ColumnDecomposition, ColumnPreserving
 from eckart.factorizers.svd_llm import SVDLLM
-from eckart.ledger import make_ledger
 from eckart.maths.curve_fit import filled
-from eckart.measuring.sensitivity import SHARES, Curves, measure_curves
-from eckart.model.discovery import Layout, discover
-from eckart.model.factorise import factorize_group_
-from eckart.planning.decomposed import decompose
-from eckart.portable.linear import swap_
+from eckart.measuring.sensitivity import Curves, measure_curves
+from eckart.plans import Plan
 from eckart.recipes import describe
-from eckart.support.files import write_text
-from eckart.text.data import load_windows
-from eckart.types import Budget, Entry, Group
+from eckart.types import Budget, Entry
 
+NAMES = {  # of perplexity and KL in a row
+    "wikitext-2": ("perplexity", "kl_wikitext_2"),
+    "python-docs": ("perplexity_python_docs", "kl_python_docs"),
+}
 LEVELS = ("uniform", "columns", "compensated", "allocation", "both", "both compensated")
 NEAR = (0.7, 0.75, 0.85, 0.9)  # other budgets, planned and predicted with the curves around one
 ALSO = {0.8: (0.9, 0.7), 0.6: (0.5,)}  # other budgets, carried out in full with the curves around one
 
 
-class Bench:
+class Rows:
     """A model decomposed once, and what is measured of it."""
 
     def __init__(self, model: str, calibration: str, test: str, out: Path) -> None:
-        self.out, self.report = out, json.loads(out.read_text()) if out.exists() else {"rows": {}}
-        self.model, tokenizer = checkpoint.load_model(model), checkpoint.load_tokenizer(model)
-        self.windows = load_windows(calibration, tokenizer, windows=32, length=512)
-        self.tests, self.dense_tests = read_tests(self.model, tokenizer, test)
-        self.short = self.windows.ids[:4, :128]
-        self.layout: Layout = discover(self.model)
-        self.groups = [Group((target,)) for target in self.layout.targets]
+        self.out, self.report = out, read_report(out)
+        self.bench = Bench(model, calibration)
+        self.model, windows = self.bench.model, self.bench.text.read()
+        self.corpora = Corpora(self.model, self.bench.tokenizer, test)
+        self.tokens, self.short = windows.recipe.to_dict(), windows.ids[:4, :128]
         start = time.perf_counter()
-        made = decompose(self.model, self.layout, self.groups, ColumnPreserving(), self.windows.ids)
+        self.made = self.bench.decompose(recipes.find("duo-svd"))
         self.report["seconds_decompose"] = round(time.perf_counter() - start, 1)
-        self.report["versions"], self.report["tokens"] = versions(), self.windows.recipe.to_dict()["tokens_hash"]
-        self.made: dict[str, ColumnDecomposition] = made  # type: ignore[assignment]
+        self.report["tokens"] = self.tokens["tokens_hash"]
         with torch.no_grad():
             self.dense = self.model(self.short).logits.log_softmax(-1)
         if "dense" not in self.report["rows"]:
-            self.row("dense", [Entry(group.names, None) for group in self.groups])
+            self.row("dense", [Entry(group.names, None) for group in self.made.groups])
 
     def curves(self, keep: float, measured: Sequence[float], work: Path) -> Curves:
-        tokens = self.windows.recipe.to_dict()
         start, run = time.perf_counter(), {"evaluations": 0, "seconds": 0.0}
         self.report.setdefault("sensitivity", {}).setdefault(str(keep), []).append(run)
 
@@ -74,14 +66,14 @@ class Bench:
             if done % 20 == 0:
                 left = f", {run['seconds'] / done * (total - done):.0f} s left" if done else ""
                 print(f"{stage} {done}/{total}, {run['seconds']:.0f} s{left}", flush=True)
-                write_text(self.out, json.dumps(self.report, indent=1) + "\n")
+                write_report(self.out, self.report)
 
         depends = {
             "factorizer": describe("SVDLLM", SVDLLM()),
-            "calibration": {key: tokens[key] for key in ("tokens_hash", "windows", "length")},
+            "calibration": {key: self.tokens[key] for key in ("tokens_hash", "windows", "length")},
         }
         return measure_curves(
-            self.model, self.layout, self.made, self.short, keep,
+            self.model, self.bench.loaded.layout, self.made.groups, self.made.cut, self.short, keep,
             work=work, depends=depends, shares=measured, progress=progress,
         )  # fmt: skip
 
@@ -92,31 +84,22 @@ class Bench:
         return float((self.dense.exp() * (self.dense - found)).sum(-1).double().mean())
 
     def row(self, name: str, entries: Sequence[Entry], measure_perplexity: bool = True, **more: Any) -> None:
-        """Carry the entries out, measure, put the dense modules back, and write the row down."""
+        """Measure with the entries in place, and write the row down."""
         start = time.perf_counter()
-        settled = [e if e.rank is None else self.made[e.name].settle(e) for e in entries]
-        seconds, dense = round(time.perf_counter() - start, 1), {}
-        for group, entry in zip(self.groups, settled, strict=True):
-            dense[group.name] = self.model.get_submodule(group.name)
-            if entry.rank is not None:
-                factorize_group_(self.model, group, entry, self.made[group.name])
-        parameters = self.layout.parameters
-        row: dict[str, Any] = {"keep_reached": make_ledger(self.groups, settled, parameters, 4).keep, "kl": self.kl()}
-        if measure_perplexity:
-            found = figures(self.model, self.tests, self.dense_tests)
-            row |= {"perplexity": found["wikitext-2"]["perplexity"], "kl_wikitext_2": found["wikitext-2"]["kl"]}
-            row |= {
-                "perplexity_python_docs": found["python-docs"]["perplexity"],
-                "kl_python_docs": found["python-docs"]["kl"],
-            }
+        settled = self.made.settle(entries)
+        seconds, plan = round(time.perf_counter() - start, 1), Plan(tuple(settled))
+        row: dict[str, Any] = {"keep_reached": self.bench.loaded.ledger(plan).keep}
+        with self.bench.in_place(plan):
+            row["kl"] = self.kl()
+            found = self.corpora.figures(self.model) if measure_perplexity else {}
+        for corpus, measured in found.items():
+            row |= dict(zip(NAMES[corpus], measured.values(), strict=True))
         row |= {"seconds_settle": seconds, "split": sum(bool(e.kept) for e in settled), **more}
         row["columns_kept"] = sum(e.kept or 0 for e in settled)
         row["dense_modules"] = sum(e.rank is None for e in settled)
-        for member, module in dense.items():
-            swap_(self.model, member, module)
         self.report["rows"][name] = row
         print(name, json.dumps(row), flush=True)
-        write_text(self.out, json.dumps(self.report, indent=1) + "\n")
+        write_report(self.out, self.report)
 
     def compensate(self, compensated: bool) -> None:
         for decomposition in self.made.values():
@@ -130,44 +113,44 @@ class Bench:
             self.row(f"{level} {keep}", [replace(e, kept=kept if e.rank else None) for e in entries], **more)
 
 
-def predicted(curves: Curves, entries: Sequence[Entry], bench: Bench) -> float:
+def predicted(curves: Curves, entries: Sequence[Entry], rows: Rows) -> float:
     """The separable prediction of a plan on the candidate grid, nats per token."""
     total = curves.resting
-    for entry, group in zip(entries, bench.groups, strict=True):
+    for entry, group in zip(entries, rows.made.groups, strict=True):
         spent = 1.0 if entry.rank is None else entry.rank * (group.in_features + group.out_features) / group.parameters
         losses = filled(curves.losses[group.name], [*SHARES, curves.target])
         share = min(losses, key=lambda s: abs(s - spent))
         total += losses[share] - curves.resting
-    return total / curves.tokens
+    return total
 
 
-def run(bench: Bench, keep: float, measured: Sequence[float], work: Path, levels: Sequence[str]) -> None:
-    spectra = [bench.made[group.name].spectrum for group in bench.groups]
+def run(rows: Rows, keep: float, measured: Sequence[float], work: Path, levels: Sequence[str]) -> None:
+    spectra = rows.made.spectra
     uniform = Uniform().allocate(spectra, Budget(keep))
     for level in LEVELS[:3]:  # the last two can wait until the sensitivities are there
         if level in levels and (level == "uniform" or not set(levels) & set(LEVELS[3:])):
-            bench.level(level, keep, uniform)
+            rows.level(level, keep, uniform)
     if not set(levels) & set(LEVELS[3:]):
         return
-    curves = bench.curves(keep, measured, work)
-    seen = [replace(s, measured=curves.losses[s.group.name]) for s in spectra]
+    curves = rows.curves(keep, measured, work)
+    seen = [replace(s, observed={"sensitivity": curves.losses[s.group.name]}) for s in spectra]
     entries = Knapsack().allocate(seen, Budget(keep))
     more = {"shares_measured": sorted(next(iter(curves.losses.values())))}
     for level in ("allocation", "both", "columns", "both compensated", "compensated"):
         if level in levels:
             if level in LEVELS[3:]:
-                bench.level(level, keep, entries, predicted_kl=predicted(curves, entries, bench), **more)
+                rows.level(level, keep, entries, predicted_kl=predicted(curves, entries, rows), **more)
             else:
-                bench.level(level, keep, uniform, predicted_kl=curves.resting / curves.tokens)
-    bench.report["rows"][f"uniform {keep}"]["predicted_kl"] = curves.resting / curves.tokens
+                rows.level(level, keep, uniform, predicted_kl=curves.resting)
+    rows.report["rows"][f"uniform {keep}"]["predicted_kl"] = curves.resting
     for other in ALSO.get(keep, ()):
         plan = Knapsack().allocate(seen, Budget(other))
-        bench.level("both", other, plan, predicted_kl=predicted(curves, plan, bench), curves_around=keep)
+        rows.level("both", other, plan, predicted_kl=predicted(curves, plan, rows), curves_around=keep)
     for other in NEAR if keep == 0.8 else ():
         name = f"near {keep} at {other}"
-        if name not in bench.report["rows"]:
+        if name not in rows.report["rows"]:
             plan = [replace(e, kept=0 if e.rank else None) for e in Knapsack().allocate(seen, Budget(other))]
-            bench.row(name, plan, False, predicted_kl=predicted(curves, plan, bench))
+            rows.row(name, plan, False, predicted_kl=predicted(curves, plan, rows))
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
@@ -214,11 +197,11 @@ def main() -> None:
     if options.plot:
         plot(json.loads(options.out.read_text()), options.plot)
         return
-    bench = Bench(options.model, options.calibration, options.test, options.out)
+    rows = Rows(options.model, options.calibration, options.test, options.out)
     measured = [float(share) for share in options.measured.split(",")]
     for keep in options.keep:
-        run(bench, keep, measured, options.work, options.levels.split(","))
-    write_text(options.out, json.dumps(bench.report, indent=1) + "\n")
+        run(rows, keep, measured, options.work, options.levels.split(","))
+    write_report(options.out, rows.report)
 
 
 if __name__ == "__main__":

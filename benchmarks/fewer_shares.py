@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 from statistics import median, quantiles
 
+from eckart.allocators.knapsack import SHARES
 from eckart.maths.curve_fit import filled
-from eckart.measuring.sensitivity import SHARES
 from eckart.support.files import write_text
 
 RESULTS = Path(__file__).parent / "results"

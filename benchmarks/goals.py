@@ -11,14 +11,11 @@ import argparse
 import json
 from pathlib import Path
 
-from recipes import figures, measure_plan, read_tests
+from _common import Bench, Corpora, read_report, write_report
 
-from eckart import Calibration
-from eckart.support.versions import versions
+from eckart import recipes
 from eckart.planning.goals import Goal, parse_size
-from eckart.progress import silent
-from eckart.run import Run
-from eckart.support.files import write_text
+from eckart.run import carry_out
 
 BOUNDS, SIZES = (0.05, 0.1, 0.2, 0.4), ("480MB", "400MB")
 
@@ -29,32 +26,34 @@ def main() -> None:
     parser.add_argument("calibration")
     parser.add_argument("test")
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--size", nargs="+", default=SIZES)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/goals.json"))
     arguments = parser.parse_args()
     if (arguments.work / "sized").exists():
         parser.error(f"{arguments.work}/sized is there; name another folder or delete it.")
-    calibration = Calibration(arguments.calibration, windows=32, length=512)
-    run = Run(arguments.model, "eckart", {}, calibration, None, (), (), "cpu", "auto", None, silent)
-    tests, dense = read_tests(run.model, run.tokenizer, arguments.test)
-    report = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"bounds": {}, "sizes": {}}
-    report |= {"versions": versions(), "dense": figures(run.model, tests, dense)}
+    bench, recipe = Bench(arguments.model, arguments.calibration), recipes.find("eckart")
+    bench.decompose(recipe)
+    corpora = Corpora(bench.model, bench.tokenizer, arguments.test)
+    report = read_report(arguments.out, "bounds", "sizes")
+    report["dense"] = corpora.figures(bench.model)
     for bound in BOUNDS:
         if str(bound) in report["bounds"]:
             continue
-        plan = run.make_plan(Goal.of(None, None, bound), 1)
-        report["bounds"][str(bound)] = {**plan.reached, **measure_plan(run, plan, tests, dense)}
+        plan = bench.plan(recipe, Goal(max_kl=bound)).plan
+        with bench.in_place(plan):
+            report["bounds"][str(bound)] = {**plan.reached, **corpora.figures(bench.model)}
         print(bound, json.dumps(report["bounds"][str(bound)]), flush=True)
-        write_text(arguments.out, json.dumps(report, indent=1) + "\n")
-    plans = {size: run.make_plan(Goal.of(None, size, None), 1) for size in SIZES}
-    for size, plan in plans.items():
-        report["sizes"][size] = {"asked": parse_size(size), **plan.reached}
-    last = SIZES[-1]  # carrying out takes the decompositions, so one of them
-    run.carry_out(plans[last])
-    run.result(plans[last], "").save(arguments.work / "sized")
+        write_report(arguments.out, report)
+    plans = {size: bench.plan(recipe, Goal.of(None, size, None)) for size in arguments.size}
+    for size, planned in plans.items():
+        report["sizes"][size] = {"asked": parse_size(size), **planned.plan.reached}
+    last = arguments.size[-1]  # carrying out takes the decompositions, so one of them
+    how = {"work": None, "stages": bench.stages, "command": lambda **_: ""}
+    carry_out(bench.loaded, bench.text, recipe, plans[last], **how).save(arguments.work / "sized")
     saved = sum(path.stat().st_size for path in (arguments.work / "sized").glob("*.safetensors"))
     report["sizes"][last]["saved"] = saved
     print(json.dumps(report["sizes"]), flush=True)
-    write_text(arguments.out, json.dumps(report, indent=1) + "\n")
+    write_report(arguments.out, report)
 
 
 if __name__ == "__main__":

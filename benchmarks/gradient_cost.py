@@ -14,13 +14,12 @@ import time
 from pathlib import Path
 
 import torch
+from _common import write_report
 
 from eckart.checkpoints import checkpoint
-from eckart.support.versions import versions
 from eckart.model.discovery import discover
 from eckart.statistics.sums import Need
 from eckart.statistics.sweep import sweep
-from eckart.support.files import write_text
 from eckart.text.data import load_windows
 
 WINDOWS, LENGTH = 8, 512
@@ -68,7 +67,7 @@ def main() -> None:
             print(name, rows[name][-1], flush=True)
         ratios = {f"{kind}_over_forward": over_forward(rows, kind) for kind in ("seconds", "cpu_seconds")}
         report = {"tokens": ids.numel(), "threads": torch.get_num_threads(), **ratios, "runs": rows}
-        write_text(given.out, json.dumps({**report, "versions": versions()}, indent=1) + "\n")
+        write_report(given.out, report)
     print(json.dumps(ratios, indent=1))
 
 

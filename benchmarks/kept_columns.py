@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eckart.maths.columns import kept_for
-from eckart.storages.pair import FactorizedLinear
 from eckart.storages.columns import KeptColumnsLinear
+from eckart.storages.pair import FactorizedLinear
 from eckart.support.files import write_text
 
 SHAPES = ((576, 576), (1536, 576), (576, 1536), (2048, 2048))

@@ -10,17 +10,14 @@ and is written beside its result.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
-from recipes import LENGTH, TEST_WINDOWS, WINDOWS, figures, read_tests
+from _common import LENGTH, TEST_WINDOWS, WINDOWS, Corpora, read_report, write_report
 
 import eckart
 from eckart.checkpoints import checkpoint
-from eckart.support.versions import versions
 from eckart.recipes import BUILT_IN, find
-from eckart.support.files import write_text
 
 COLLABORATION = {
     "collaboration": {},
@@ -45,7 +42,7 @@ def rows() -> dict:
     return made
 
 
-def measure(row: tuple, arguments: argparse.Namespace, overrides: dict, tests: dict, dense: dict) -> dict:
+def measure(row: tuple, arguments: argparse.Namespace, overrides: dict, corpora: Corpora) -> dict:
     recipe_name, options, keep = row
     parts = (*BUILT_IN[recipe_name].refiners, "allocator" if recipe_name == "lc-svd" else "")
     options = {**options, **{k: v for k, v in overrides.items() if k.partition(".")[0] in parts}}
@@ -60,7 +57,7 @@ def measure(row: tuple, arguments: argparse.Namespace, overrides: dict, tests: d
         work=arguments.work,
     )
     seconds = time.perf_counter() - start
-    measured = figures(made.model, tests, dense)
+    measured = corpora.figures(made.model)
     notes = made.provenance.get("refinement", [])
     return {
         **{key: {corpus: found[key] for corpus, found in measured.items()} for key in ("perplexity", "kl")},
@@ -83,18 +80,17 @@ def main() -> None:
     parser.add_argument("-o", "--option", action="append", default=[])
     arguments = parser.parse_args()
     overrides = dict(pair.split("=", 1) for pair in arguments.option)
-    report = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": {}}
+    report = {**read_report(arguments.out), "windows": [WINDOWS, TEST_WINDOWS, LENGTH]}
     model, tokenizer = checkpoint.load_model(arguments.model), checkpoint.load_tokenizer(arguments.model)
-    tests, dense = read_tests(model, tokenizer, arguments.test)
+    corpora = Corpora(model, tokenizer, arguments.test)
     del model  # every row loads its own
-    report |= {"versions": versions(), "windows": [WINDOWS, TEST_WINDOWS, LENGTH]}
     for name, row in rows().items():
         label = name + "".join(f" [{k.partition('.')[2]} {v}]" for k, v in overrides.items() if row[0] != "svd-llm")
         if label in report["rows"] or (arguments.rows and name not in arguments.rows):
             continue
-        report["rows"][label] = measure(row, arguments, overrides, tests, dense)
+        report["rows"][label] = measure(row, arguments, overrides, corpora)
         print(label, report["rows"][label]["perplexity"], report["rows"][label]["seconds"], flush=True)
-        write_text(arguments.out, json.dumps(report, indent=1) + "\n")
+        write_report(arguments.out, report)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 import eckart
-from eckart.support.versions import versions
-from eckart.evaluation.measure import perplexity
+from eckart.measuring.perplexity import perplexity
 from eckart.recipes import find
 from eckart.support.files import write_text
+from eckart.support.versions import versions
 from eckart.testing import tiny_model, tiny_tokenizer
 from eckart.text.data import load_windows
 

@@ -7,16 +7,15 @@ memory. The size of a batch is that of the tables. Rows are written as they come
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from _common import read_report, write_report
+
 from eckart.checkpoints import checkpoint
-from eckart.support.versions import versions
-from eckart.support.files import write_text
 
 SENSITIVITY = {"allocator.measured": "0.5,1", "allocator.windows": "4", "allocator.length": "128"}
 COLLABORATION = {"block_collaborative.steps": "5", "block_collaborative.batch": "4"}
@@ -53,14 +52,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/peak_memory.json"))
     arguments = parser.parse_args()
     model_bytes = sum(p.nbytes for p in checkpoint.load_model(arguments.model).parameters())
-    report = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": {}}
-    report["versions"] = versions()
+    report = read_report(arguments.out)
     for name, (recipe, options) in RECIPES.items():
         if name not in report["rows"]:
             peak = peak_of(recipe, options, arguments.model, arguments.calibration)
             report["rows"][name] = {"options": options, "peak_minus_model_bytes": peak - model_bytes}
             print(name, report["rows"][name], flush=True)
-            write_text(arguments.out, json.dumps(report, indent=1) + "\n")
+            write_report(arguments.out, report)
 
 
 if __name__ == "__main__":

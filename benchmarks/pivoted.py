@@ -16,17 +16,15 @@ import time
 from pathlib import Path
 
 import torch
+from _common import write_report
 from torch import nn
 
 from eckart.checkpoints import checkpoint
-from eckart.support.versions import versions
 from eckart.ledger import largest_rank, share
 from eckart.maths.pivot import interpolate, pivoted
 from eckart.model.discovery import discover
-from eckart.model.factorise import factorize_
-from eckart.model.factorise import store_
+from eckart.model.factorise import factorize_, store_
 from eckart.portable.linear import weight_view
-from eckart.support.files import write_text
 from eckart.types import Group, Target
 
 SHAPES = {"tall": (1536, 576), "wide": (576, 1536), "square": (1024, 1024)}
@@ -134,7 +132,7 @@ def main() -> None:
             **{f"{t} tokens": speed(made, t, given.repeats) for t in TOKENS},
         }
         print(name, json.dumps(report["speed_microseconds"][name]), flush=True)
-        write_text(given.out, json.dumps({**report, "versions": versions()}, indent=1) + "\n")
+        write_report(given.out, report)
 
 
 if __name__ == "__main__":

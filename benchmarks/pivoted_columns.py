@@ -10,19 +10,18 @@ cuts are made of three quarters of the windows; the loss is predicted with these
 """
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from _common import write_report
 from torch import Tensor, nn
 
 from eckart import ledger
 from eckart.allocators.water_level import WaterLevel
 from eckart.checkpoints import checkpoint
-from eckart.support.versions import versions
 from eckart.factorizers.two_sided import TwoSided
 from eckart.linalg import Decomposition, Metric, Side
 from eckart.maths.columns import column_scores
@@ -30,7 +29,6 @@ from eckart.model.discovery import Layout, discover
 from eckart.portable.linear import weight_view
 from eckart.statistics.sums import GroupStatistics, Need
 from eckart.statistics.sweep import sweep
-from eckart.support.files import write_text
 from eckart.text.data import load_windows
 from eckart.types import Budget, Group, Spectrum
 
@@ -55,9 +53,10 @@ def curves(weight: Tensor, early: GroupStatistics, late: GroupStatistics, kept: 
     carry = torch.zeros(len(rest), weight.shape[1], dtype=torch.float64)  # [I, -H_RS H_SS^-1]
     carry[torch.arange(len(rest)), rest] = 1
     carry[:, kept] = -torch.cholesky_solve(gram[kept][:, rest], root).T
-    decomposition = Decomposition(weight[:, rest].double(), of_rest(weight, made, carry, rest))
+    seen = of_rest(weight, made, carry, rest)
+    decomposition = Decomposition(weight[:, rest].double(), seen)
     unseen = of_rest(weight, PLAIN.metric(weight, late), carry, rest)
-    own = METHOD.nats(early) * decomposition.tails_in(decomposition.metric)
+    own = METHOD.nats(early) * decomposition.tails_in(seen)
     return own, PLAIN.nats(late) * decomposition.tails_in(unseen)
 
 
@@ -138,7 +137,7 @@ def compare(found: list[Module], keep: float, allocation: str) -> dict:
     if allocation == "uniform":
         allowances = [keep * m.group.parameters for m in found]
     else:
-        entries = WaterLevel(storage="pivoted").allocate([m.spectrum for m in found], Budget(keep))
+        entries = WaterLevel().allocate([m.spectrum for m in found], Budget(keep, storage="pivoted"))
         allowances = [
             ledger.parameters(m.group, e.rank, e.storage) if e.rank is not None else m.group.parameters
             for m, e in zip(found, entries, strict=True)
@@ -189,7 +188,7 @@ def main() -> None:
         for name, pair in relative.items():
             print(f"  {name:22}", *(f"{value / plain:.4f}" for value, plain in zip(pair, row["plain"], strict=True)))
     facts = {"windows": given.windows, "length": LENGTH, "blocks": list(given.blocks), "columns": list(COUNTS)}
-    write_text(given.out, json.dumps({**facts, "rows": rows, "versions": versions()}, indent=1) + "\n")
+    write_report(given.out, {**facts, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -7,24 +7,17 @@ then single ones, batch 1, one thread, float32; all variants and the dense model
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
 
 import torch
-from recipes import figures, read_tests
+from _common import Bench, Corpora, write_report
 
-from eckart import Calibration, recipes
-from eckart.support.versions import versions
-from eckart.measuring.probe import in_place
+from eckart import recipes
 from eckart.model.factorise import store_
+from eckart.model.walk import replaced
 from eckart.planning.goals import Goal
-from eckart.plans.plan import resolve
-from eckart.portable.linear import swap_
-from eckart.progress import silent
-from eckart.run import Run
-from eckart.support.files import write_text
 from eckart.timing.subjects import TorchSubject, prompt_ids
 
 MULTIPLES, STORAGES = (1, 8, 16, 32, 64), ("pair", "pivoted")
@@ -53,37 +46,34 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/rank_multiples.json"))
     given = parser.parse_args()
-    calibration = Calibration(given.calibration, windows=32, length=512)
-    recipe = recipes.find("eckart", {"allocator.correction": "off"})
-    run = Run(given.model, recipe, None, calibration, None, (), (), "cpu", "auto", None, silent)
-    tests, dense = read_tests(run.model, run.tokenizer, given.test)
+    bench = Bench(given.model, given.calibration)
+    model = bench.model
+    bench.decompose(recipes.find("eckart"))
+    corpora = Corpora(model, bench.tokenizer, given.test)
     rows, layers = {}, {"dense": {}}
     for storage in STORAGES:
-        run.recipe = recipes.find("eckart", {"allocator.correction": "off", "allocator.storage": storage})
+        recipe = recipes.find("eckart", {"allocator.correction": "off", "storage": storage})
         for multiple in MULTIPLES:
-            plan = run.make_plan(Goal.of(given.keep, None, None), multiple)
-            groups, entries = resolve(plan, run.layout.targets)
-            names = [entry.name for entry in entries if entry.rank is not None]
+            plan = bench.plan(recipe, Goal(given.keep), multiple).plan
             key = f"{storage}, multiples of {multiple}"
-            with in_place(run.model, groups, entries, run.put):
-                layers[key] = {name: store_(run.model, name, storage) for name in names}
-                rows[key] = {**plan.reached, **figures(run.model, tests, dense)}
+            with bench.in_place(plan):
+                names = [entry.name for entry in plan.entries if entry.rank is not None]
+                layers[key] = {name: store_(model, name, storage) for name in names}
+                rows[key] = {**plan.reached, **corpora.figures(model)}
             print(key, rows[key]["predicted_kl"], rows[key]["wikitext-2"], rows[key]["python-docs"], flush=True)
     torch.set_num_threads(1)
-    subject, ids = TorchSubject(run.model), prompt_ids(run.model.config.vocab_size, 1, PROMPT)
+    subject, ids = TorchSubject(model), prompt_ids(model.config.vocab_size, 1, PROMPT)
     seconds: dict[str, list[tuple[float, float]]] = {key: [] for key in layers}
     for turn in range(given.turns):
         for key in list(layers)[:: 1 if turn % 2 else -1]:
-            before = {name: swap_(run.model, name, layer) for name, layer in layers[key].items()}
-            seconds[key].append(once(subject, ids))
-            for name, layer in before.items():
-                swap_(run.model, name, layer)
+            with replaced(model, layers[key]):
+                seconds[key].append(once(subject, ids))
     for key, row in rows.items():
         for phase, name in enumerate(("prefill", "decode")):
             ratios = [d[phase] / c[phase] for d, c in zip(seconds["dense"], seconds[key], strict=True)]
             row[f"{name}_speedup"] = statistics.median(ratios)
         print(key, round(row["prefill_speedup"], 3), round(row["decode_speedup"], 3), flush=True)
-    write_text(given.out, json.dumps({"keep": given.keep, "rows": rows, "versions": versions()}, indent=1) + "\n")
+    write_report(given.out, {"keep": given.keep, "rows": rows})
 
 
 if __name__ == "__main__":

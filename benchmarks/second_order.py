@@ -15,15 +15,12 @@ from math import exp, log
 from pathlib import Path
 from statistics import median, pstdev
 
-from eckart.checkpoints import checkpoint
-from eckart.support.versions import versions
-from eckart.factorizers.two_sided import TwoSided
-from eckart.measuring.sensitivity import candidate_rank, measure_curves
-from eckart.model.discovery import discover
-from eckart.planning.decomposed import decompose
-from eckart.support.files import write_text
-from eckart.text.data import load_windows
-from eckart.types import Group
+from _common import Bench, write_report
+
+from eckart import recipes
+from eckart.ledger import rank_for
+from eckart.measuring.sensitivity import measure_curves
+from eckart.types import Budget
 
 SHARES = (0.3, 0.6, 0.8)
 
@@ -35,33 +32,28 @@ def main() -> None:
     parser.add_argument("--modules", type=int, default=21)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/second_order.json"))
     options = parser.parse_args()
-    model, tokenizer = checkpoint.load_model(options.model), checkpoint.load_tokenizer(options.model)
-    windows = load_windows(options.calibration, tokenizer, windows=16, length=512).ids
-    layout = discover(model)
+    bench = Bench(options.model, options.calibration, windows=16)
+    layout = bench.loaded.layout
     kinds = list(dict.fromkeys(target.kind for target in layout.targets))
     last = layout.targets[-1].block
     places = [(round(i * last / (options.modules - 1)), kinds[i % len(kinds)]) for i in range(options.modules)]
     targets = tuple(t for t in layout.targets if (t.block, t.kind) in places)
-    layout = replace(layout, targets=targets)
-    made = decompose(model, layout, [Group((target,)) for target in targets], TwoSided(), windows)
-    made = {target.name: made[target.name] for target in targets}
+    bench.loaded.layout = replace(layout, targets=targets)
+    made, windows = bench.decompose(recipes.find("eckart")), bench.text.ids()[:4, :128]
     with tempfile.TemporaryDirectory() as work:
-        curves = measure_curves(
-            model, layout, made, windows[:4, :128], 1.0, work=Path(work), depends={}, shares=SHARES
-        )  # fmt: skip
+        how = {"work": Path(work), "depends": {}, "shares": SHARES}
+        curves = measure_curves(bench.model, bench.loaded.layout, made.groups, made.cut, windows, 1.0, **how)
     rows = []
     for name, decomposition in made.items():
         for share in SHARES:
-            expected = decomposition.spectrum.loss(candidate_rank(decomposition.group, share))
+            expected = decomposition.spectrum.loss(rank_for(decomposition.group, share, Budget(share)))
             assert expected is not None
-            found = curves.losses[name][share] / curves.tokens
-            rows.append({"name": name, "share": share, "predicted": expected, "measured": found})
+            rows.append({"name": name, "share": share, "predicted": expected, "measured": curves.losses[name][share]})
     summary = {}
     for share in SHARES:
         ratios = [log(row["measured"] / row["predicted"]) for row in rows if row["share"] == share]
         summary[str(share)] = {"measured_by_predicted": exp(median(ratios)), "spread_factor": exp(pstdev(ratios))}
-    report = {"modules": len(made), "summary": summary, "rows": rows, "versions": versions()}
-    write_text(options.out, json.dumps(report, indent=1) + "\n")
+    write_report(options.out, {"modules": len(made), "summary": summary, "rows": rows})
     print(json.dumps(summary, indent=1))
 
 

@@ -15,18 +15,13 @@ import time
 from pathlib import Path
 
 import torch
+from _common import Bench, write_report
 
-from eckart.checkpoints import checkpoint
-from eckart.support.versions import versions
-from eckart.factorizers.svd_llm import SVDLLM
-from eckart.measuring.sensitivity import candidate_rank, measure_curves
-from eckart.model.discovery import discover
-from eckart.model.factorise import factorize_
-from eckart.planning.decomposed import decompose
-from eckart.portable.linear import swap_
-from eckart.support.files import write_text
-from eckart.text.data import load_windows
-from eckart.types import Group
+from eckart import recipes
+from eckart.ledger import rank_for
+from eckart.measuring.sensitivity import measure_curves
+from eckart.model.walk import replaced
+from eckart.types import Budget, Entry
 
 KEEP, SHARES = 0.8, (0.2, 0.4, 0.6, 0.9, 1.0)
 
@@ -53,10 +48,9 @@ def main() -> None:
     parser.add_argument("--modules", type=int, default=14)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sensitivity_speed.json"))
     options = parser.parse_args()
-    model, tokenizer = checkpoint.load_model(options.model), checkpoint.load_tokenizer(options.model)
-    windows = load_windows(options.calibration, tokenizer, windows=8, length=512).ids
-    short, layout = windows[:4, :128], discover(model)
-    made = decompose(model, layout, [Group((t,)) for t in layout.targets], SVDLLM(), windows)
+    bench = Bench(options.model, options.calibration, windows=8)
+    model, layout, short = bench.model, bench.loaded.layout, bench.text.ids()[:4, :128]
+    made = bench.decompose(recipes.find("svd-llm"))
     kinds = list(dict.fromkeys(target.kind for target in layout.targets))
     last = layout.targets[-1].block
     sample = []
@@ -76,20 +70,17 @@ def main() -> None:
         name = sample[done // len(SHARES)]
         with naive:
             for share in SHARES:
-                resting = swap_(model, name, dense[name])
-                rank = candidate_rank(made[name].group, share)
-                if rank is not None:
-                    factors = made[name].truncate(rank)
-                    factorize_(model, name, factors.basis, factors.coefficients[0])
-                found = model(short).logits.float().log_softmax(-1)
-                values[name, share] = float((reference.exp() * (reference - found)).sum(-1).double().sum() / len(short))
-                swap_(model, name, resting)
+                group = made[name].group
+                with replaced(model, {name: dense[name]}):
+                    layers = made.cut(group, Entry(group.names, rank_for(group, share, Budget(share))))
+                    with replaced(model, layers):
+                        found = model(short).logits.float().log_softmax(-1)
+                    values[name, share] = float((reference.exp() * (reference - found)).sum(-1).double().mean())
 
     whole = Clock()
     with tempfile.TemporaryDirectory() as work, whole:
-        curves = measure_curves(
-            model, layout, made, short, KEEP, work=Path(work), depends={}, shares=SHARES, only=sample, progress=progress
-        )  # fmt: skip
+        how = {"work": Path(work), "depends": {}, "shares": SHARES, "only": sample, "progress": progress}
+        curves = measure_curves(model, layout, made.groups, made.cut, short, KEEP, **how)
     wall, processor = whole.wall - naive.wall, whole.processor - naive.processor
     worst = max(abs(value / curves.losses[name][share] - 1) for (name, share), value in values.items())
     report = {
@@ -103,9 +94,8 @@ def main() -> None:
         "processor_ratio": round(processor / naive.processor, 3),
         "largest_relative_difference": worst,
         "load_average": Path("/proc/loadavg").read_text().split()[0] if Path("/proc/loadavg").exists() else None,
-        "versions": versions(),
     }
-    write_text(options.out, json.dumps(report, indent=1) + "\n")
+    write_report(options.out, report)
     print(json.dumps(report, indent=1))
 
 

@@ -19,12 +19,11 @@ from pathlib import Path
 
 import torch
 import transformers
+from _common import read_report, write_report
 
 import eckart
 from eckart.checkpoints import checkpoint
-from eckart.support.versions import versions
 from eckart.recipes import BUILT_IN
-from eckart.support.files import write_text
 
 ONE_STEP = {"block_collaborative.steps": 1, "block_collaborative.check_every": 1}
 FEW = {"candidates": 2, "finalists": 1, "windows": 2, "held_out": 1}
@@ -164,8 +163,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     write_task(arguments.work)
-    report = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": {}}
-    report["versions"] = versions()
+    report = read_report(arguments.out)
     for recipe in arguments.recipes:
         if recipe in report["rows"]:
             continue
@@ -181,7 +179,7 @@ def main() -> None:
         row |= in_onnx(folder) if recipe in arguments.onnx else {}
         report["rows"][recipe] = row
         print(recipe, json.dumps(row), flush=True)
-        write_text(arguments.out, json.dumps(report, indent=1) + "\n")
+        write_report(arguments.out, report)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,21 @@ def make_plan(
     if goal.keep is not None:
         ledger.check_reachable(groups, goal.keep, rank_multiple, recipe.storage)
     decomposed = decompose_for(loaded, text, recipe, groups, spill=spill, stages=stages)
+    return plan_from(decomposed, loaded, text, recipe, goal, rank_multiple=rank_multiple, work=work, stages=stages)
+
+
+def plan_from(
+    decomposed: Decomposed,
+    loaded: Loaded,
+    text: Text,
+    recipe: Recipe,
+    goal: Goal,
+    *,
+    rank_multiple: int = 1,
+    work: Path | None = None,
+    stages: Stages,
+) -> Planned:
+    """The same from the recipe's groups decomposed already: one calibration serves any number of goals."""
     held_out = hold_out(loaded, text, decomposed)
     asked = _Asked(loaded, recipe, goal, rank_multiple, decomposed, stages)
     allocator = recipe.make_allocator()
