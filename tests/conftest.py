@@ -9,12 +9,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from eckart.model.discovery import discover
 from eckart.model.factorise import factorize_
 from eckart.portable.linear import share_basis_, weight_view
 from eckart.testing import tiny_models, tiny_tokenizer
+
+NEWER = Version(transformers.__version__) >= Version("5.23")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from conftest import NEWER
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -411,6 +412,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_named(damage: str, saved: Path) -> None:
+    if damage == "rank" and not NEWER:
+        pytest.skip("before transformers 5.23 a layer is as large as its weights, whatever config.json says")
     spoil, words = DAMAGES[damage]
     spoil(saved)
     with pytest.raises(CheckpointError, match=words) as caught:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import factorize_all_
+from conftest import NEWER, factorize_all_
 
 import eckart
 from eckart.checkpoints import checkpoint
@@ -36,7 +36,8 @@ def test_work_is_what_the_sizes_say(storage):
     for only_last in (True, False):
         head = VOCABULARY * HIDDEN * (1 if only_last else prompt)
         work = speed_limits.count(model, prompt, only_last=only_last)
-        assert work.macs == linears * prompt + head + attention
+        angles = 4 * prompt  # older transformers take the angles of rotary positions by a product
+        assert work.macs - (linears * prompt + head + attention) in (0, angles)
     norms = (2 * LAYERS + 1) * HIDDEN
     indices = (
         sum(4 * max(model.get_submodule(n).weight.shape) for n in hf.specs_of(model)) if storage == "pivoted" else 0
@@ -151,6 +152,8 @@ def test_the_whole_bench(folders):
 def test_int8_times_the_exported_graphs(folders):
     pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
     pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
+    if not NEWER:
+        pytest.skip("the extra `export` needs transformers 5.23")
     small, dense = folders
     result = eckart.bench(
         small, against=dense, batches=(2,), prompt=5, steps=2, repeats=1, threads=1, int8=True, memory=False

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from eckart.errors import DataError, NumericalError
+from eckart.model import kv_cache
 from eckart.progress import Progress, silent
 
 BATCH = 16  # windows written side by side
@@ -64,16 +65,16 @@ def _write(
     progress: Callable[[int, int], None],
 ) -> Tensor:
     """Ids `[rows, length]` that go on from `ids`."""
-    cache, fed = None, ids
+    name, cache, fed = kv_cache.keyword(model), None, ids
     while ids.shape[1] < length:
-        out = model(input_ids=fed.to(model.device), past_key_values=cache, use_cache=True)
+        out = model(input_ids=fed.to(model.device), use_cache=True, **{name: cache})
         logits = out.logits[:, -1].float().cpu()[:, ordinary]
         if not logits.isfinite().all():
             raise NumericalError("self: the model's logits hold NaN or infinity; calibrate on a text instead.")
         drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         ids = torch.cat([ids, ordinary[drawn]], dim=1)
         progress(ids.shape[1], length)
-        cache = getattr(out, "past_key_values", None)
+        cache = kv_cache.of(out)
         fed = ids if cache is None else ids[:, -1:]  # a model without such a cache reads from the start again
     return ids[:, :length]
 

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from eckart import storages
+from eckart.model import kv_cache
 from eckart.portable import hf
 from eckart.portable.linear import is_factorized
 
@@ -59,7 +60,7 @@ def count(model: "PreTrainedModel", prompt: int, *, only_last: bool, weight_item
     keep = {"logits_to_keep": 1} if only_last else {}
     # The counter does not know the CPU's fused attention; as plain products it does.
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        cache = model(input_ids=ids, use_cache=True, **keep).past_key_values
+        cache = kv_cache.of(model(input_ids=ids, use_cache=True, **keep))
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     shared = head is not None and head.weight.data_ptr() == table.weight.data_ptr()
     unread = set() if shared else {id(table.weight)}

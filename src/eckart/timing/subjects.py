@@ -9,6 +9,7 @@ from torch import Tensor
 
 from eckart.checkpoints import checkpoint
 from eckart.engines.onnx_model import GRAPH, OnnxModel
+from eckart.model import kv_cache
 from eckart.support import dtypes
 
 if TYPE_CHECKING:
@@ -32,18 +33,19 @@ class TorchSubject:
 
     def __init__(self, model: "PreTrainedModel") -> None:
         self.model = model.eval()
+        self.cache_name = kv_cache.keyword(model)
         takes = inspect.signature(model.forward).parameters
         self.only_last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
         out = self.model(input_ids=ids, use_cache=True, **self.only_last)
-        return out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
+        return out.logits[:, -1].argmax(-1, keepdim=True), kv_cache.of(out)
 
     @torch.inference_mode()
     def step(self, token: Tensor, state: Any) -> tuple[Tensor, Any]:
-        out = self.model(input_ids=token, past_key_values=state, use_cache=True, **self.only_last)
-        return out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
+        out = self.model(input_ids=token, use_cache=True, **{self.cache_name: state}, **self.only_last)
+        return out.logits[:, -1].argmax(-1, keepdim=True), kv_cache.of(out)
 
 
 class OnnxSubject:
