@@ -15,8 +15,8 @@ from eckart.model.factorise import factorize_
 from eckart.plans.plan import Plan, resolve
 from eckart.portable import hf
 from eckart.portable.linear import empty_like, share_basis_
-from eckart.storages.pair import FactorizedLinear
 from eckart.storages.columns import KeptColumnsLinear
+from eckart.storages.pair import FactorizedLinear
 from eckart.support import dtypes
 from eckart.testing import tiny_models
 from eckart.types import Entry, Factors, Group, Target

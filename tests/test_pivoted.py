@@ -11,8 +11,7 @@ from eckart import ledger
 from eckart.checkpoints import checkpoint
 from eckart.errors import OptionError, OutputError, PlanError
 from eckart.model.discovery import discover
-from eckart.model.factorise import factorize_
-from eckart.model.factorise import store_
+from eckart.model.factorise import factorize_, store_
 from eckart.plans.plan import Plan, resolve
 from eckart.portable import hf
 from eckart.portable.linear import empty_like, is_factorized, share_basis_
