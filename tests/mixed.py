@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from eckart.model.discovery import discover
-from eckart.model.factorise import factorize_
-from eckart.model.factorise import store_
+from eckart.model.factorise import factorize_, store_
 from eckart.portable.linear import share_basis_, weight_view
 from eckart.testing import tiny_model, tiny_models
 

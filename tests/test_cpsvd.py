@@ -39,7 +39,7 @@ def test_modules_that_err_less_lose_more() -> None:
     """Two modules of one size; the flat spectrum errs more when it is cut, and so loses less."""
     groups = [Group((Target(name, 0, name, 32, 32, False),)) for name in ("flat", "steep")]
     values = (torch.ones(32).double(), torch.logspace(0, -6, 32).double())
-    spectra = [Spectrum(g, v, similarity=0.9) for g, v in zip(groups, values, strict=True)]
+    spectra = [Spectrum(g, v, observed={"similarity": 0.9}) for g, v in zip(groups, values, strict=True)]
     flat, steep = CPSVD().allocate(spectra, Budget(0.7))
     assert flat.rank is not None
     assert steep.rank is not None

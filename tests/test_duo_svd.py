@@ -51,7 +51,7 @@ def test_recipe_runs_saves_and_replays(text: str, tmp_path: Path) -> None:
 
 def test_a_second_run_finds_its_measurements(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = compress(text, tmp_path)
-    monkeypatch.setattr("eckart.measuring.sensitivity._Walk._walk", None)
+    monkeypatch.setattr("eckart.measuring.sensitivity.open_stream", None)  # without it nothing can run
     assert compress(text, tmp_path).plan == first.plan
     with pytest.raises(TypeError):
         compress(text, tmp_path, keep=0.7)  # another target has to be measured

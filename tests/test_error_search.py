@@ -10,7 +10,7 @@ from eckart.allocators.error_search import ErrorSearch, discarded_energy
 from eckart.allocators.uniform import Uniform
 from eckart.checks import check_entries, problems_spectra
 from eckart.errors import DataError, NumericalError, OptionError
-from eckart.measuring.probe import split_for_search
+from eckart.measuring.probes import split_for_search
 from eckart.recipes import Recipe
 from eckart.testing import tiny_models, tiny_tokenizer
 from eckart.types import Budget
@@ -39,7 +39,9 @@ def test_every_candidate_is_within_one_step_of_the_budget(per, keep, multiple):
     groups = [spectrum.group for spectrum in spectra]
     search, probe = ErrorSearch(per=per, candidates=30), Watched(spectra)
     units = search.units(spectra)
-    made = search.sample(spectra, Budget(keep, multiple), units, search.sensitivities(spectra, units, probe))
+    made = search.sample(
+        spectra, Budget(keep, multiple), units, search.sensitivities(spectra, Budget(keep, multiple), units, probe)
+    )
     assert len(made) == 29
     allowed = ledger.allowed_parameters(groups, keep)
     for entries in made:
@@ -101,7 +103,7 @@ def test_sensitive_blocks_keep_more():
         )
 
     search = ErrorSearch()
-    values = search.sensitivities(spectra, search.units(spectra), probe)
+    values = search.sensitivities(spectra, Budget(0.6), search.units(spectra), probe)
     removed = draw_removal(values, [1] * 4, 0.4, 1.0, [1.0] * 4)
     assert sorted(range(4), key=lambda i: values[i]) == sorted(range(4), key=lambda i: -removed[i])
     chosen = search.search(spectra, Budget(0.6), probe)

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from eckart.checkpoints import checkpoint
 from eckart.model.discovery import discover
 from eckart.portable import hf
-from eckart.storages.pair import FactorizedLinear
 from eckart.storages.columns import KeptColumnsLinear
+from eckart.storages.pair import FactorizedLinear
 from eckart.storages.pivoted import PivotedLinear
 from eckart.testing import tiny_models
 

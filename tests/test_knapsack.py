@@ -19,10 +19,10 @@ def spectrum(block: int, rows: int, columns: int, generator: torch.Generator) ->
     """A group with a synthetic sensitivity that falls with the share like `a (s^-p - 1)`."""
     group = Group((Target(f"{block}.{rows}", block, "linear", rows, columns, False),))
     scale, power = torch.rand(2, generator=generator).tolist()
-    # Bounded by 2^30 / 10 values nobody reads: the knapsack goes by `measured` alone.
+    # Bounded by 2^30 / 10 values nobody reads: the knapsack goes by what was observed alone.
     values = torch.zeros(1, dtype=torch.float64)
     measured = {s: (0.1 + scale) * (s ** -(0.5 + 2 * power) - 1) for s in (*SHARES, 0.77)}
-    return Spectrum(group, values, measured=measured)
+    return Spectrum(group, values, observed={"sensitivity": measured})
 
 
 def spent(spectra: list[Spectrum], allocator: Knapsack, keep: float) -> tuple[int, float]:
@@ -61,7 +61,7 @@ def test_a_choice_that_fits_exactly_is_taken_and_one_number_less_rules_it_out() 
     shares = (0.1, cost / dense)
     curves = {share: 1 / share for share in (*shares, (cost - 1) / dense)}
     for allowed, found in ((cost, rank), (cost - 1, 19)):
-        measured = Spectrum(only.group, only.values, measured=curves)
+        measured = Spectrum(only.group, only.values, observed={"sensitivity": curves})
         entries = Knapsack(shares=shares).allocate([measured], Budget(allowed / dense))
         assert entries[0].rank == found
 
@@ -143,9 +143,8 @@ def test_measured_shares_that_make_no_curve_are_refused_before_anything_is_measu
 
 
 def test_a_share_that_no_curve_gives_is_named() -> None:
-    thin = Spectrum(
-        Group((Target("0", 0, "linear", 8, 8, False),)), torch.ones(8).double(), measured={0.5: 1.0, 1.0: 0.0}
-    )
+    group, curve = Group((Target("0", 0, "linear", 8, 8, False),)), {0.5: 1.0, 1.0: 0.0}
+    thin = Spectrum(group, torch.ones(8).double(), observed={"sensitivity": curve})
     with pytest.raises(OptionError, match=r"0: the share 0\.1 was not measured"):
         Knapsack(measured=(0.5, 1.0)).allocate([thin], Budget(0.5))
 

@@ -8,7 +8,7 @@ import torch
 
 import eckart
 from eckart.errors import NumericalError, OptionError
-from eckart.evaluation.measure import perplexity
+from eckart.measuring.perplexity import perplexity
 from eckart.testing import tiny_models, tiny_tokenizer
 
 

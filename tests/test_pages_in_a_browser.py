@@ -8,8 +8,8 @@ import pytest
 from conftest import bench
 
 import eckart
-from eckart.text.calibration import Calibration
 from eckart.testing import tiny_models, tiny_tokenizer
+from eckart.text.calibration import Calibration
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra dev)")

@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 from eckart.measuring.held_out import HeldOut
-from eckart.measuring.part_probe import measure_parts
+from eckart.measuring.probes import measure_parts
 from eckart.model.discovery import discover
-from eckart.model.factorise import factorize_
+from eckart.model.factorise import factorized_layers
 from eckart.portable.linear import weight_view
 from eckart.testing import tiny_models
-from eckart.types import Entry, Group
+from eckart.types import Entry, Factors, Group
 
 RANK = 3
 FAMILIES = ["llama", "gpt2", "opt"]  # rotary, transposed weights, learned positions
@@ -21,10 +21,16 @@ def cut(weight):
     return (u[:, :RANK] * s[:RANK]).float(), v[:RANK].float()
 
 
-def put(model, group, entry):
-    for name in group.names:
-        left, right = cut(weight_view(model.get_submodule(name)).detach())
-        factorize_(model, name, right, left)
+def cuts_of(model):
+    """The layers of one group, from the weights of the model."""
+
+    def layers(group, entry):
+        if entry.rank is None:
+            return {}
+        left, right = cut(weight_view(model.get_submodule(group.name)))
+        return factorized_layers(model, group, Factors(right, (left,)))
+
+    return layers
 
 
 @pytest.fixture
@@ -37,7 +43,7 @@ def setting(family, windows):
     layout = discover(model)
     groups = [Group((target,)) for target in layout.targets]
     entries = [Entry(g.names, None if "v_proj" in g.name else RANK) for g in groups]
-    return model, groups, (model, groups, entries, put, HeldOut(model, layout, windows, True))
+    return model, groups, (model, groups, entries, cuts_of(model), HeldOut(model, layout, windows, True))
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ import eckart
 from eckart.errors import BudgetError, DataError, ModelError, OptionError, OutputError, PlanError
 from eckart.plans.plan import Plan
 from eckart.portable.linear import weight_view
-from eckart.storages.pair import FactorizedLinear
 from eckart.recipes import BUILT_IN
+from eckart.storages.pair import FactorizedLinear
 from eckart.testing import tiny_models, tiny_tokenizer
 
 TEXT = "The best rank-r approximation is the truncated SVD, in a metric that one has to choose well. " * 60

@@ -12,9 +12,9 @@ import eckart
 from eckart._cli import main
 from eckart.checkpoints.checkpoint import read_provenance
 from eckart.checkpoints.spectra_file import read as read_spectra
-from eckart.text.calibration import Calibration
 from eckart.portable.linear import weight_view
 from eckart.testing import tiny_models, tiny_tokenizer
+from eckart.text.calibration import Calibration
 
 
 @pytest.fixture

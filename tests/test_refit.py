@@ -10,10 +10,10 @@ from eckart.model.discovery import discover
 from eckart.model.factorise import factorize_
 from eckart.plans.plan import Plan
 from eckart.portable.linear import share_basis_, swap_, weight_view
-from eckart.storages.pair import FactorizedLinear
 from eckart.recipes import find
 from eckart.refiners.base import Refinement
 from eckart.refiners.refit_coefficients import RefitCoefficients, correction
+from eckart.storages.pair import FactorizedLinear
 from eckart.testing import tiny_models
 from eckart.types import Entry
 

@@ -13,11 +13,11 @@ from conftest import bench
 
 import eckart
 from eckart._cli import main
-from eckart.text.calibration import Calibration
 from eckart.errors import CheckpointError, DataError, OptionError
 from eckart.evaluation import samples
 from eckart.pages import report_maps
 from eckart.testing import tiny_models, tiny_tokenizer
+from eckart.text.calibration import Calibration
 
 TEXT = Calibration("text.txt", windows=5, length=24)
 

@@ -8,11 +8,13 @@ from test_block_collaborative import compressed, make_model, text_windows, train
 
 from eckart.errors import NumericalError, OptionError
 from eckart.model.discovery import discover
-from eckart.storages.pair import FactorizedLinear
+from eckart.model.residence import residence_of
+from eckart.model.walk import open_stream, walk
 from eckart.refiners._block_descent import BlockError
 from eckart.refiners._residual_metric import residual_grams, residual_metrics, shrunk
-from eckart.refiners._two_streams import TwoStreams
+from eckart.refiners._two_streams import two_streams
 from eckart.refiners.block_collaborative import BlockCollaborative
+from eckart.storages.pair import FactorizedLinear
 from eckart.testing import check_refiner, tiny_models
 
 FAST = {"batch": 6, "rate": 3e-3, "free_rate": 3e-3, "steps": 30, "free_steps": 30}
@@ -37,7 +39,7 @@ def grams_by_autograd(model, windows, seed):
 
     The labels invert the cumulative sums of the model's own predictions at the draws of each window.
     """
-    blocks, totals, outputs = discover(model).block_list(model), {}, {}
+    blocks, totals, outputs = model.get_submodule(discover(model).blocks), {}, {}
 
     def hook(module, args, output):
         outputs[module] = output[0] if isinstance(output, tuple) else output
@@ -98,18 +100,18 @@ def test_infinite_gradients_stop_with_the_name_of_the_block():
 
 def test_the_weighted_error_is_that_of_the_outputs_through_the_root(work):
     """`|L^T e|^2 / |L^T y|^2`, token by token, and its gradient by finite differences."""
-    model = work.model.double()
-    block, streams = model.model.layers[0], TwoStreams.open(model, model.model.layers, [work.windows[:3]])
+    work.model.double()
+    here = next(two_streams(work, [work.windows[:3]]))
     goal = torch.randn(3, work.windows.shape[1], 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     lower = torch.randn(32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).tril()
-    error = BlockError(streams, block, [goal], lower @ lower.T)
-    layer = block.mlp.down_proj
+    error = BlockError(here, [goal], lower @ lower.T)
+    layer = here.block.mlp.down_proj
     pair = layer.basis.weight.detach().clone(), layer.coefficients.weight.detach().clone().requires_grad_()
 
     @torch.no_grad()
     def direct(coefficients):
         layer.coefficients.weight.copy_(coefficients)
-        missing = (streams.run(block, streams.compressed[0], 0) - goal).reshape(-1, 32)
+        missing = (here.run(0) - goal).reshape(-1, 32)
         weighed = [(lower.T @ e).square().sum() for e in missing]
         return float(sum(weighed) / sum((lower.T @ y).square().sum() for y in goal.reshape(-1, 32)))
 
@@ -146,14 +148,13 @@ def weighted_errors(model, dense, ids, grams, shrinkage):
         for g in grams
     ]
     with torch.no_grad():
-        goal = TwoStreams.open(dense, dense.model.layers, [ids]).dense[0]
-        streams = TwoStreams.open(model, model.model.layers, [ids])
-        for block, original, root in zip(model.model.layers, dense.model.layers, roots, strict=True):
-            goal = streams.run(original, goal, 0)
-            output = streams.run(block, streams.compressed[0], 0)
+        layout = discover(dense)
+        ours, theirs = residence_of(model, layout), residence_of(dense, layout)
+        compressed, truth = open_stream(model, ours, [ids]), open_stream(dense, theirs, [ids])
+        for at, original, root in zip(walk(ours, compressed), walk(theirs, truth), roots, strict=True):
+            output, goal = at.run(compressed, 0), original.run(truth, 0)
             error, size = (goal - output).double() @ root, goal.double() @ root
             result.append(float(error.square().sum() / size.square().sum()))
-            streams.advance(block)
     return result
 
 

@@ -13,7 +13,7 @@ import torch
 import eckart
 from eckart.errors import OutputError
 from eckart.recipes import Recipe
-from eckart.support.work import WorkFolder, fingerprint
+from eckart.support.work import Key, WorkFolder
 from eckart.testing import tiny_model, tiny_tokenizer
 
 TEXT = "A killed run resumes at its block and ends with the same checkpoint, byte for byte. " * 40
@@ -159,18 +159,18 @@ def test_provenance_holds_how_each_block_went(folder):
 
 
 def test_work_folder(tmp_path):
-    key = fingerprint({"a": 1}, [("w", torch.zeros(3))])
-    assert key == fingerprint({"a": 1}, [("w", torch.zeros(3))])
-    for facts, tensor in (({"a": 2}, torch.zeros(3)), ({"a": 1}, torch.ones(3)), ({"a": 1}, torch.zeros(3, 1))):
-        assert fingerprint(facts, [("w", tensor)]) != key
-    work = WorkFolder(tmp_path, "stage", key)
+    key = Key("stage", a=1, w=torch.zeros(3))
+    assert (key.digest, key.name) == (Key("stage", a=1, w=torch.zeros(3)).digest, f"stage-{key.digest[:16]}")
+    for a, tensor in ((2, torch.zeros(3)), (1, torch.ones(3)), (1, torch.zeros(3, 1))):
+        assert Key("stage", a=a, w=tensor).digest != key.digest
+    work = WorkFolder(tmp_path, key)
     assert work.find("one") is None
     work.keep("one", {"w": torch.arange(3.0)}, {"loss": 0.1})
     tensors, notes = work.find("one")
     assert torch.equal(tensors["w"], torch.arange(3.0))
     assert notes == {"loss": 0.1}
-    assert WorkFolder(tmp_path, "stage", fingerprint({"a": 2})).find("one") is None
-    assert WorkFolder(None, "stage", key).find("one") is None
+    assert WorkFolder(tmp_path, Key("stage", a=2)).find("one") is None
+    assert WorkFolder(None, key).find("one") is None
     next(tmp_path.glob("*/one.safetensors")).write_bytes(b"torn")
     with pytest.raises(OutputError, match="one cannot be read back"):
         work.find("one")

@@ -5,21 +5,25 @@ import signal
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from eckart import ledger
 from eckart.factorizers.svd_llm import SVDLLM
-from eckart.measuring.sensitivity import Curves, candidate_rank, measure_curves
-from eckart.measuring.tail_divergence import TailDivergence
+from eckart.measuring.divergence import Divergence
+from eckart.measuring.sensitivity import Curves, measure_curves
 from eckart.model.discovery import discover
 from eckart.model.factorise import factorize_
-from eckart.model.walk import open_stream
+from eckart.model.residence import residence_of
+from eckart.model.store import Store
+from eckart.model.walk import open_stream, split_batches
 from eckart.planning.decomposed import decompose
 from eckart.testing import tiny_model, tiny_models
-from eckart.types import Group
+from eckart.types import Budget, Group
 
 SHARES = (0.3, 0.8, 1.0)
 
@@ -38,31 +42,35 @@ def setting(family: str) -> tuple[Any, Any, Any]:
 def measure(family: str, work: Path, **options: Any) -> Curves:
     model, layout, made = setting(family)
     arguments = {"shares": SHARES, "depends": {"data": "random"}, **options}
-    return measure_curves(model, layout, made, windows(), arguments.pop("target", 0.6), work=work, **arguments)
+    target = arguments.pop("target", 0.6)
+    return measure_curves(model, layout, made.groups, made.cut, windows(), target, work=work, **arguments)
 
 
 @torch.no_grad()
 def naive(family: str, changed: dict[str, float], target: float = 0.6) -> float:
-    """KL by two whole models and no chunks."""
+    """KL in nats per token by two whole models and no chunks."""
     model, _, made = setting(family)
     dense = model(windows()).logits.double().log_softmax(-1)
     for name, decomposition in made.items():
-        rank = candidate_rank(decomposition.group, changed.get(name, target))
+        share = changed.get(name, target)
+        rank = ledger.rank_for(decomposition.group, share, Budget(share))
         if rank is not None:
             factors = decomposition.truncate(rank)
             factorize_(model, name, factors.basis, factors.coefficients[0])
     found = model(windows()).logits.double().log_softmax(-1)
-    return float((dense.exp() * (dense - found)).sum() / len(windows()))
+    return float((dense.exp() * (dense - found)).sum() / windows().numel())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma3"])
 def test_equal_to_the_naive_evaluation(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eckart.measuring.tail_divergence.CHUNK_ELEMENTS", 128 * 3 * 5)  # 5 positions at a time
-    monkeypatch.setattr("eckart.maths.head_divergence.SLICE_ELEMENTS", 32 * 30)  # 30 of the vocabulary at a time
-    monkeypatch.setattr("eckart.measuring.sensitivity.BATCH_TOKENS", 32)  # two batches
+    monkeypatch.setattr("eckart.measuring.divergence.CHUNK_ELEMENTS", 128 * 3 * 5)  # 5 positions at a time
+    monkeypatch.setattr("eckart.maths.divergence.SLICE_ELEMENTS", 32 * 30)  # 30 of the vocabulary at a time
+    two = partial(split_batches, batch_tokens=32)  # batches
+    monkeypatch.setattr("eckart.measuring.sensitivity.split_batches", two)
     model, layout, made = setting(family)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    curves = measure_curves(model, layout, made, windows(), 0.6, work=tmp_path, depends={}, shares=SHARES)
+    options = {"work": tmp_path, "depends": {}, "shares": SHARES}
+    curves = measure_curves(model, layout, made.groups, made.cut, windows(), 0.6, **options)
     assert {n: torch.equal(v, before[n]) for n, v in model.state_dict().items()} == dict.fromkeys(before, True)
     assert curves.resting == pytest.approx(naive(family, {}), rel=1e-5)
     assert curves.losses.keys() == made.keys()
@@ -79,7 +87,8 @@ def test_a_capped_head_is_seen_and_compared_all_the_same() -> None:
 
     def run(model: Any, layout: Any) -> tuple[torch.Tensor, torch.Tensor]:
         last: list[torch.Tensor] = []
-        hook = layout.block_list(model)[-1].register_forward_hook(lambda _block, _inputs, output: last.append(output))
+        final = model.get_submodule(layout.blocks)[-1]
+        hook = final.register_forward_hook(lambda _block, _inputs, output: last.append(output))
         logits = model(windows()).logits.double().log_softmax(-1)
         hook.remove()
         return logits, last[0]
@@ -87,19 +96,20 @@ def test_a_capped_head_is_seen_and_compared_all_the_same() -> None:
     for cap in (None, 1.0):
         model = tiny_model("Gemma2", **options, final_logit_softcapping=cap)
         layout = discover(model)
-        stream = open_stream(model, layout.block_list(model), [windows()])
+        residence = residence_of(model, layout)
+        stream = open_stream(model, residence, [windows()])
         expected, final = run(model, layout)
-        divergence = TailDivergence(model, layout.block_list(model), stream, [final])
+        divergence = Divergence(model, residence, stream.branch([final], len(residence)))
         assert (divergence.head is None) == (cap is not None)
         model.get_submodule(layout.targets[-1].name).weight[:, ::2] = 0
         found, final = run(model, layout)
-        kl = float((expected.exp() * (expected - found)).sum() / len(windows()))
-        assert divergence([final]) == pytest.approx(kl, rel=1e-5)
+        kl = float((expected.exp() * (expected - found)).sum() / windows().numel())
+        assert divergence(Store([final])) == pytest.approx(kl, rel=1e-5)
 
 
 def test_a_second_run_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = measure("llama", tmp_path)
-    monkeypatch.setattr("eckart.measuring.sensitivity._Walk._walk", None)
+    monkeypatch.setattr("eckart.measuring.sensitivity.open_stream", None)  # without it nothing can run
     assert measure("llama", tmp_path) == first
 
 
@@ -150,5 +160,8 @@ def test_swapped_modules_come_back_after_an_error(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure_curves(model, layout, made, windows(), 0.6, work=tmp_path, depends={}, progress=fail)
+        measure_curves(
+            model, layout, made.groups, made.cut, windows(), 0.6, work=tmp_path, depends={}, shares=SHARES,
+            progress=fail,
+        )  # fmt: skip
     assert dict(model.named_modules()) == before

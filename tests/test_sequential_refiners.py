@@ -6,8 +6,10 @@ from test_block_collaborative import compressed, make_model, text_windows
 
 from eckart.errors import OptionError
 from eckart.model.discovery import discover
-from eckart.refiners._two_streams import TwoStreams
+from eckart.plans.plan import Plan
+from eckart.refiners._two_streams import two_streams
 from eckart.refiners.alternating import Alternating, missing_cross
+from eckart.refiners.base import Refinement
 from eckart.refiners.sequential_update import SequentialUpdate
 from eckart.testing import tiny_models
 
@@ -54,14 +56,13 @@ def test_the_missing_output_of_the_last_matrix_is_exact():
     model, windows = make_model(), text_windows(8)
     layout = discover(model)
     (down,) = (t for t in layout.targets if t.block == 0 and t.kind.endswith("down_proj"))
-    block = model.model.layers[0]
-    streams = TwoStreams.open(model, model.model.layers, [windows])
+    here = next(two_streams(Refinement(model, layout, Plan(()), {}, windows), [windows]))
     z = inputs_of(model, down.name, windows)
     goals = [torch.randn(8, windows.shape[1], 32, generator=torch.Generator().manual_seed(0))]
     with torch.no_grad():
-        cross = missing_cross(streams, block, down, goals, [0])
-        block.mlp.down_proj.weight.copy_(torch.linalg.solve(z.T @ z, cross.T).T)
-        residual = (goals[0] - streams.run(block, streams.compressed[0], 0)).flatten(0, 1).double()
+        cross = missing_cross(here, down, goals, [0])
+        here.block.mlp.down_proj.weight.copy_(torch.linalg.solve(z.T @ z, cross.T).T)
+        residual = (goals[0] - here.run(0)).flatten(0, 1).double()
     # least squares leaves nothing that the inputs could still explain
     assert float((residual.T @ z).norm() / (residual.norm() * z.norm())) < 1e-3
 

@@ -13,8 +13,8 @@ from eckart.model.discovery import discover
 from eckart.planning.decomposed import decompose
 from eckart.plans.grouping import READERS, make_groups
 from eckart.plans.plan import Plan
-from eckart.storages.pair import FactorizedLinear
 from eckart.statistics.sums import Gram, GroupStatistics, Statistics
+from eckart.storages.pair import FactorizedLinear
 from eckart.testing import tiny_model, tiny_models, tiny_tokenizer
 from eckart.types import Entry, Group, Target
 

@@ -5,7 +5,8 @@ import torch
 
 from eckart.errors import NumericalError
 from eckart.model.discovery import discover
-from eckart.model.walk import open_stream, run_tail, split_batches
+from eckart.model.residence import residence_of
+from eckart.model.walk import open_stream, pass_blocks, run_tail, split_batches
 from eckart.portable.linear import weight_view
 from eckart.statistics.sums import Need
 from eckart.statistics.sweep import sweep
@@ -120,22 +121,17 @@ def test_weight_fisher_equals_autograd_of_the_true_next_token_loss(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_walking_the_blocks_gives_the_logits_of_the_model(family):
     model, windows = tiny_models()[family](), token_windows(count=4)
-    blocks = discover(model).block_list(model)
+    residence = residence_of(model, discover(model))
     with torch.no_grad():
-        stream = open_stream(model, blocks, split_batches(windows, 24))
-        for block in blocks:
-            for index, hidden, call in stream.inputs():
-                stream.hidden[index] = call.run(block, hidden)
-            stream.position += 1
-        logits = torch.cat([run_tail(model, blocks, stream, i).logits for i in range(len(stream.batches))])
+        stream = pass_blocks(residence, open_stream(model, residence, split_batches(windows, 24)))
+        logits = torch.cat([run_tail(model, residence, stream, i).logits for i in range(len(stream.batches))])
         assert torch.allclose(logits, model(input_ids=windows, use_cache=False).logits, atol=1e-5)
-    assert all("forward" not in block.__dict__ for block in blocks)
+    assert all("forward" not in block.__dict__ for block in residence.structure)
 
 
 def test_arguments_that_repeat_are_kept_once():
     model, windows = tiny_models()["llama"](), token_windows(count=6)
-    blocks = discover(model).block_list(model)
-    stream = open_stream(model, blocks, split_batches(windows, 24))
+    stream = open_stream(model, residence_of(model, discover(model)), split_batches(windows, 24))
     tables = {id(calls[0].kwargs["position_embeddings"][0]) for calls in stream.calls}
     assert len(stream.calls) == 3
     assert len(tables) == 1

@@ -103,7 +103,7 @@ class ColumnStorage(Storage):
         return KeptColumnsLinear(in_features, out_features, rank, kept, bias, "meta", dtype)
 
     def of_pair(self, pair: Pair) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        if pair.kept is None or pair.kept_index is None:
+        if pair.kept is None:
             raise ValueError("preserved columns have a storage of their own, which is not changed.")
         kept = pair.kept.shape[1]
         order = _order(pair.kept_index, kept, pair.basis.shape[1] + kept)
@@ -134,9 +134,9 @@ class ColumnStorage(Storage):
         return part
 
 
-def _order(kept_index: Tensor, kept: int, in_features: int) -> Tensor:
+def _order(kept_index: Tensor | None, kept: int, in_features: int) -> Tensor:
     """All columns, `[in]`, int32: the remaining ones, then the kept ones."""
-    if kept_index.shape != (kept,) or (kept_index.diff() <= 0).any():
+    if kept_index is None or kept_index.shape != (kept,) or (kept_index.diff() <= 0).any():
         raise ValueError(f"{kept} preserved columns need as many rising positions in kept_index.")
     is_kept = torch.zeros(in_features, dtype=torch.bool, device=kept_index.device)
     is_kept[kept_index.long()] = True

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eckart.maths.head_divergence import Head, divergence, reference
+from eckart.maths.divergence import Head, divergence, reference
 
 
 def setting(tokens=9, width=16, vocabulary=50, bias=True, dtype=torch.float32):
@@ -22,7 +22,7 @@ def oracle(head, one, other):
 @pytest.mark.parametrize("elements", [1, 70, 10**6])  # one word, seven words, all at a time
 @pytest.mark.parametrize("bias", [True, False])
 def test_equal_to_both_distributions_written_out(elements, bias, monkeypatch):
-    monkeypatch.setattr("eckart.maths.head_divergence.SLICE_ELEMENTS", elements)
+    monkeypatch.setattr("eckart.maths.divergence.SLICE_ELEMENTS", elements)
     head, one, other = setting(bias=bias)
     found = divergence(head, reference(head, one), other)
     torch.testing.assert_close(found, oracle(head, one, other), rtol=1e-5, atol=1e-6)
