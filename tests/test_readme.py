@@ -4,8 +4,6 @@ import re
 import shlex
 from pathlib import Path
 
-import pytest
-
 from eckart.testing import tiny_models, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
