@@ -39,7 +39,7 @@ def set_verbosity(count: int) -> int:
 
 
 def commands() -> Any:
-    """The commands as a click group, each with `--verbose`: an option of them all that stands in the file of none."""
+    """The commands as a click group, each with the option `--verbose`, which no command's own file declares."""
     carrier = typer.Typer(add_completion=False)
 
     @carrier.command()

@@ -49,7 +49,7 @@ def compare(
     Example: `eckart compare A B C --results a.json --results b.json --results c.json --out compare.html`
     """
     with terminal.progress_bars(quiet=as_json) as progress:
-        made = eckart.compare(
+        comparison = eckart.compare(
             folders,
             results=results,
             against=against,
@@ -66,6 +66,6 @@ def compare(
             progress=progress,
         )
     if as_json:
-        print_json(made)
+        print_json(comparison)
     else:
-        terminal.show_comparison(made)
+        terminal.show_comparison(comparison)

@@ -68,7 +68,7 @@ def compress(
     Example: `eckart compress MODEL --recipe svd-llm --keep 0.8 --data corpus.txt --windows 32 --length 512 --out DIR`
     """
     with terminal.progress_bars(quiet=as_json) as progress:
-        made = eckart.compress(
+        compression = eckart.compress(
             model,
             recipe=recipe,
             keep=keep,
@@ -89,14 +89,15 @@ def compress(
             progress=progress,
         )
     if as_json:
-        print_json({"out": str(out), "ledger": made.ledger.to_dict(), "seconds": made.seconds, **made.provenance})
+        book = compression.ledger.to_dict()
+        print_json({"out": str(out), "ledger": book, "seconds": compression.seconds, **compression.provenance})
         return
-    terminal.show_ledger(made.ledger)
-    if "kl" in made.provenance:
-        terminal.show_kl(made.provenance["kl"])
-    if "metric_drift" in made.provenance:
-        terminal.show_drift(made.provenance["metric_drift"])
-    terminal.out.print("  ".join(f"{stage} {seconds:.1f} s" for stage, seconds in made.seconds.items()))
+    terminal.show_ledger(compression.ledger)
+    if "kl" in compression.provenance:
+        terminal.show_kl(compression.provenance["kl"])
+    if "metric_drift" in compression.provenance:
+        terminal.show_drift(compression.provenance["metric_drift"])
+    terminal.out.print("  ".join(f"{stage} {seconds:.1f} s" for stage, seconds in compression.seconds.items()))
     terminal.out.print(f"Checkpoint: {out}")
 
 

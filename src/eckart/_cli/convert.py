@@ -24,11 +24,11 @@ def convert(
     Example: `eckart convert DIR --storage dense --out DENSE`
     """
     with terminal.progress_bars(quiet=as_json) as progress:
-        made = eckart.convert(folder, storage=storage, out=out, progress=progress)
+        conversion = eckart.convert(folder, storage=storage, out=out, progress=progress)
     if as_json:
-        print_json({"out": str(out), "storage": storage, **asdict(made), "ledger": made.ledger.to_dict()})
+        print_json({"out": str(out), "storage": storage, **asdict(conversion), "ledger": conversion.ledger.to_dict()})
         return
-    terminal.show_ledger(made.ledger)
-    for name, reason in made.left.items():
+    terminal.show_ledger(conversion.ledger)
+    for name, reason in conversion.left.items():
         terminal.out.print(f"{name}: stays as it is, since it {reason}.")
-    terminal.out.print(f"{made.changed} layers changed. Checkpoint: {out}")
+    terminal.out.print(f"{conversion.changed} layers changed. Checkpoint: {out}")

@@ -24,9 +24,11 @@ def export(
     Example: `eckart export DIR --to onnx --int8 --out GRAPH`
     """
     with terminal.progress_bars(quiet=as_json) as progress:
-        made = eckart.export(model, to=to, out=out, int8=int8, progress=progress)
+        result = eckart.export(model, to=to, out=out, int8=int8, progress=progress)
     if as_json:
-        print_json(made.to_dict())
+        print_json(result.to_dict())
         return
-    terminal.out.print(f"{made.note}")
-    terminal.out.print(f"{made.bytes / 1e6:,.1f} MB, from {made.source_bytes / 1e6:,.1f} MB of weights: {made.out}")
+    terminal.out.print(f"{result.note}")
+    terminal.out.print(
+        f"{result.bytes / 1e6:,.1f} MB, from {result.source_bytes / 1e6:,.1f} MB of weights: {result.out}"
+    )

@@ -56,7 +56,7 @@ def inspect(
         from eckart.plans.figures import describe
 
         with terminal.progress_bars(quiet=as_json) as progress:
-            found = eckart.spectra(
+            spectrum_list = eckart.spectra(
                 model,
                 recipe=recipe,
                 options=parse_options(option),
@@ -66,7 +66,7 @@ def inspect(
                 device=device,
                 progress=progress,
             )
-        rows = [describe(spectrum) for spectrum in found]
+        rows = [describe(spectrum) for spectrum in spectrum_list]
     if as_json:
         print_json({"model": model, **asdict(layout), **({"spectra": rows} if spectra else {})})
         return

@@ -12,21 +12,22 @@ def methods(as_json: Json = False) -> None:
 
     Example: `eckart methods --json`
     """
-    known = eckart.methods()
+    catalogue = eckart.methods()
     if as_json:
-        print_json(known)
+        print_json(catalogue)
         return
     terminal.table(
         "Recipes",
         ("name", "parts"),
         [
             (n, " + ".join(p["name"] for p in (r["factorizer"], r["allocator"], *r["refiners"])) + f": {r['about']}")
-            for n, r in known["recipes"].items()
+            for n, r in catalogue["recipes"].items()
         ],
         justify="left",
     )
-    for kind in (kind for kind in known if kind != "recipes"):
+    for kind in (kind for kind in catalogue if kind != "recipes"):
         rows = [
-            (name, ", ".join(f"{k}={v}" for k, v in options.items()) or "-") for name, options in known[kind].items()
+            (name, ", ".join(f"{k}={v}" for k, v in options.items()) or "-")
+            for name, options in catalogue[kind].items()
         ]
         terminal.table(kind.capitalize(), ("name", "options and defaults"), rows, justify="left")

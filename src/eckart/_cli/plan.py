@@ -63,7 +63,7 @@ def plan(
     Example: `eckart plan MODEL --recipe svd-llm --keep 0.6 --data corpus.txt --out plan.json`
     """
     with terminal.progress_bars(quiet=as_json) as progress:
-        made = eckart.plan(
+        result = eckart.plan(
             model,
             recipe=recipe,
             keep=keep,
@@ -80,9 +80,9 @@ def plan(
             work=work,
             progress=progress,
         )
-    made.save(out)
+    result.save(out)
     if as_json:
-        print_json(made.to_dict())
+        print_json(result.to_dict())
     else:
-        terminal.show_reached(made)
-        terminal.out.print(f"{len(made.entries)} matrices. Plan: {out}")
+        terminal.show_reached(result)
+        terminal.out.print(f"{len(result.entries)} matrices. Plan: {out}")

@@ -62,12 +62,12 @@ def log_to_stderr(level: int) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], justify: JustifyMethod = "right") -> None:
     """Print a table; every column but the first is aligned as `justify` says, numbers to the right."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    grid = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for number, column in enumerate(columns):
-        made.add_column(column, justify="left" if number == 0 else justify, overflow="fold")
+        grid.add_column(column, justify="left" if number == 0 else justify, overflow="fold")
     for row in rows:
-        made.add_row(*(str(cell) for cell in row))
-    out.print(made)
+        grid.add_row(*(str(cell) for cell in row))
+    out.print(grid)
     out.print()
 
 
@@ -120,9 +120,9 @@ def show_ledger(ledger: "Ledger") -> None:
 
 def show_reached(plan: "Plan") -> None:
     """What a plan asks and reaches, before any weight is touched."""
-    asked = ", ".join(f"{k} {v:g}" for k, v in plan.asked.items() if isinstance(v, int | float))
+    goal = ", ".join(f"{k} {v:g}" for k, v in plan.asked.items() if isinstance(v, int | float))
     reached = plan.reached
-    text = f"Asked: {asked}. Plan: keep {reached['keep']:.4f}, model {reached['model_bytes_kept'] / 1e6:,.1f} MB"
+    text = f"Asked: {goal}. Plan: keep {reached['keep']:.4f}, model {reached['model_bytes_kept'] / 1e6:,.1f} MB"
     if (kl := reached.get("predicted_kl")) is not None:
         text += f", predicted KL {kl:.4f} nats per token (perplexity x{exp(kl):.3f})"
     if (kl := reached.get("measured_kl")) is not None:
@@ -174,9 +174,9 @@ def show_tasks(tasks: Sequence[dict[str, Any]]) -> None:
     rows = []
     for task in tasks:
         for name, metric in task["metrics"].items():
-            beside = task.get("dense_metrics", {}).get(name)
+            dense_metric = task.get("dense_metrics", {}).get(name)
             documents = f"{task['protocol']['documents']} of {task['protocol']['documents_in_all']}"
-            rows.append((task["task"], documents, name, metric_text(metric), metric_text(beside)))
+            rows.append((task["task"], documents, name, metric_text(metric), metric_text(dense_metric)))
     table("Tasks", ("task", "documents", "metric", "compressed", "dense"), rows)
     first = tasks[0]["protocol"]
     out.print(f"Protocol: {first['harness']}, dtype {first['dtype']}, {first['device']}, no chat template.")
@@ -194,12 +194,13 @@ def show_bench(result: dict[str, Any]) -> None:
     rows = []
     for row in result["rows"]:
         for phase in ("prefill", "decode"):
-            found = row[phase]
-            spread = f"{found['speedup_low']:.2f}-{found['speedup_high']:.2f}"
+            figures = row[phase]
+            spread = f"{figures['speedup_low']:.2f}-{figures['speedup_high']:.2f}"
             rows.append(
-                (f"{phase}, batch {row['batch']}", f"{found['tokens_per_second']:,.1f}",
-                 f"{found['dense_tokens_per_second']:,.1f}", f"{found['speedup']:.2f}", spread, f"{found['limit']:.2f}",
-                 f"{found['of_limit']:.0%}", f"{found['limit_with_rest']:.2f}" if "limit_with_rest" in found else "-")
+                (f"{phase}, batch {row['batch']}", f"{figures['tokens_per_second']:,.1f}",
+                 f"{figures['dense_tokens_per_second']:,.1f}", f"{figures['speedup']:.2f}", spread,
+                 f"{figures['limit']:.2f}", f"{figures['of_limit']:.0%}",
+                 f"{figures['limit_with_rest']:.2f}" if "limit_with_rest" in figures else "-")
             )  # fmt: skip
         first = row["prefill"]
         rows.append(
@@ -223,25 +224,25 @@ def show_bench(result: dict[str, Any]) -> None:
         out.print(f"- {reason}", markup=False)
 
 
-def show_comparison(made: dict[str, Any]) -> None:
+def show_comparison(comparison: dict[str, Any]) -> None:
     """A row a model; a star for each plot on which no other beats it."""
     from eckart.pages.comparison import labels
 
-    models = made["models"]
+    models = comparison["models"]
     corpora = list(dict.fromkeys(corpus for row in models for corpus in row["perplexities"]))
     rows = []
     for row, name in zip(models, labels(models), strict=True):
-        book, found = row["ledger"], [row["perplexities"].get(corpus) for corpus in corpora]
+        book, perplexities = row["ledger"], [row["perplexities"].get(corpus) for corpus in corpora]
         speed = row["decoding"]
         rows.append(
             (name, row["recipe"], f"{book['keep']:.2%}", f"{book['model_bytes_kept'] / 1e6:,.1f}",
-             *(f"{one['perplexity']:.2f}" if one else "-" for one in found),
+             *(f"{one['perplexity']:.2f}" if one else "-" for one in perplexities),
              f"{speed['tokens_per_second']:,.1f}" if speed else "-", f"{speed['speedup']:.2f}" if speed else "-",
              " ".join(row["best"]) or "-")
         )  # fmt: skip
     heads = ("model", "recipe", "kept", "MB", *(f"perplexity, {Path(corpus).name}" for corpus in corpora))
     table("Compared", (*heads, "tokens/s", "speed-up", "best by loss and"), rows)
-    if page := made.get("page"):
+    if page := comparison.get("page"):
         out.print(f"Page: {page}", markup=False)
 
 

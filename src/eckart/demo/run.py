@@ -58,9 +58,9 @@ def run_demo(out: Path, *, recipe: str = "eckart", keep: float = 0.8, progress: 
     start = time.perf_counter()
     check_new_folder(out)
     dense = fetch_demo_model(progress=progress)
-    made = compress(str(dense), recipe=recipe, keep=keep, calibration=CALIBRATION, out=out, progress=progress)
-    ledger = made.ledger
-    del made  # what is measured below is what the folder holds
+    compression = compress(str(dense), recipe=recipe, keep=keep, calibration=CALIBRATION, out=out, progress=progress)
+    ledger = compression.ledger
+    del compression  # what is measured below is what the folder holds
     evaluation = evaluate(
         out, against=dense, data_specs=[CORPUS], windows=EVALUATION_WINDOWS, length=512, progress=progress
     )
