@@ -55,11 +55,11 @@ def evaluate(
     compressed = _loaded(model, protocol)
     dense = None if against is None else _loaded(against, protocol)
     figures = [_measure(compressed, dense, corpus, protocol, progress) for corpus in corpora]
-    said = protocol.to_dict(_dtype(compressed))
+    settings = protocol.to_dict(_dtype(compressed))
     if dense is not None and _dtype(dense) != _dtype(compressed):
-        said["dense_dtype"] = _dtype(dense)
+        settings["dense_dtype"] = _dtype(dense)
     results = [
-        {"data": spec, **row, "protocol": {**said, **corpus.recipe.to_dict()}}
+        {"data": spec, **row, "protocol": {**settings, **corpus.recipe.to_dict()}}
         for spec, row, corpus in zip(data_specs, figures, corpora, strict=True)
     ]
     return {
@@ -68,7 +68,7 @@ def evaluate(
         "model": _label(model),
         "against": None if against is None else _label(against),
         "results": results,
-        "tasks": _tasks(run, compressed, dense, tokenizer, said),
+        "tasks": _tasks(run, compressed, dense, tokenizer, settings),
         "provenance": _provenance(model),
         "versions": versions(),
     }
@@ -101,29 +101,31 @@ def _measure(
     divergences: list[Tensor] = []
     for window in track(pieces, "measure", len(pieces), progress):
         logits = [window_logits(model, window) for model in models]
-        for of_model, found in zip(sums, logits, strict=True):
-            of_model.append(nll_of(found, window))
+        for model_sums, model_logits in zip(sums, logits, strict=True):
+            model_sums.append(nll_of(model_logits, window))
         if dense is not None:
             divergences.append(_divergence(*logits))
     counts = [len(window) - 1 for window in pieces]
     figures = _figures(Perplexity.of(sums[0], counts, protocol.mean))
     if dense is not None:
-        beside = _figures(Perplexity.of(sums[1], counts, protocol.mean))
-        figures |= {f"dense_{key}": value for key, value in beside.items()}
+        dense_figures = _figures(Perplexity.of(sums[1], counts, protocol.mean))
+        figures |= {f"dense_{key}": value for key, value in dense_figures.items()}
         figures["kl"] = _mean(divergences, counts, protocol.mean)
     return figures
 
 
 @torch.inference_mode()
-def _divergence(found: Tensor, expected: Tensor) -> Tensor:
+def _divergence(candidate: Tensor, expected: Tensor) -> Tensor:
     """KL(dense || compressed) in nats, summed over the tokens of a window, from logits `[tokens, vocabulary]`."""
-    if found.shape != expected.shape:
+    if candidate.shape != expected.shape:
         raise OptionError(
-            f"against has a vocabulary of {expected.shape[-1]} tokens, but the model one of {found.shape[-1]}; give "
-            "the dense model that it was made from."
+            f"against has a vocabulary of {expected.shape[-1]} tokens, but the model one of {candidate.shape[-1]}; "
+            "give the dense model that it was made from."
         )
     total = torch.zeros((), dtype=torch.float64)
-    for ours, theirs in zip(torch.split(found, ROWS), torch.split(expected.to(found.device), ROWS), strict=True):
+    for ours, theirs in zip(
+        torch.split(candidate, ROWS), torch.split(expected.to(candidate.device), ROWS), strict=True
+    ):
         of_tokens = from_log_probabilities(theirs.float().log_softmax(-1), ours.float().log_softmax(-1))
         total += of_tokens.double().sum().cpu()
     return total
@@ -142,18 +144,18 @@ def _tasks(
     compressed: "PreTrainedModel",
     dense: "PreTrainedModel | None",
     tokenizer: "PreTrainedTokenizerBase",
-    said: dict[str, Any],
+    settings: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """A row for each task, with the dense model's metrics beside."""
     if not run.names:
         return []
     rows = tasks.run_tasks(run, compressed, tokenizer)
-    beside = [] if dense is None else tasks.run_tasks(run, dense, tokenizer)
-    computed = {key: value for key, value in said.items() if key.endswith(("dtype", "device"))}
+    dense_rows = [] if dense is None else tasks.run_tasks(run, dense, tokenizer)
+    computed = {key: value for key, value in settings.items() if key.endswith(("dtype", "device"))}
     return [
         {
             **row,
-            **({"dense_metrics": beside[number]["metrics"]} if beside else {}),
+            **({"dense_metrics": dense_rows[number]["metrics"]} if dense_rows else {}),
             "protocol": {**computed, **row["protocol"]},
         }
         for number, row in enumerate(rows)

@@ -18,17 +18,17 @@ def read(path: str | Path) -> dict[str, Any]:
     """One stored result. Raises `DataError` when the file is not one."""
     path = Path(path)
     try:
-        found = numbers(json.loads(path.read_text(encoding="utf-8")))
+        data = numbers(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise DataError(f"{path}: no such results file.") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as results: {error}.") from None
-    known = found.get("format") if isinstance(found, dict) else None
-    if known not in (EVAL, BENCH):
+    kind = data.get("format") if isinstance(data, dict) else None
+    if kind not in (EVAL, BENCH):
         raise DataError(
-            f"{path}: format is {known!r}, but results are what `eckart eval --json` or `eckart bench --json` printed."
+            f"{path}: format is {kind!r}, but results are what `eckart eval --json` or `eckart bench --json` printed."
         )
-    return dict(found)
+    return dict(data)
 
 
 def of_model(results: Iterable[Mapping[str, Any]], folder: str | Path, format: str) -> list[dict[str, Any]]:
@@ -49,8 +49,8 @@ def perplexities(results: Iterable[Mapping[str, Any]], folder: str | Path) -> di
             if "perplexity" not in row:
                 continue
             other = rows.setdefault(row["data"], dict(row))
-            if apart := differences(other, row):
-                raise OptionError(f"{folder}: has two results on {row['data']} whose {apart}; give one of them.")
+            if difference := differences(other, row):
+                raise OptionError(f"{folder}: has two results on {row['data']} whose {difference}; give one of them.")
     return rows
 
 
@@ -59,16 +59,16 @@ def decoding(results: Iterable[Mapping[str, Any]], folder: str | Path) -> dict[s
 
     Raises `OptionError` for two results that were not timed alike.
     """
-    found: dict[str, Any] | None = None
+    first: dict[str, Any] | None = None
     for result in of_model(results, folder, BENCH):
         for row in result["rows"]:
             if row["batch"] == 1:
                 protocol = {key: result.get(key, row.get(key)) for key in TIMING}
                 other = {"protocol": protocol, **row["decode"]}
-                found = found or other
-                if apart := differences(found, other, TIMING):
-                    raise OptionError(f"{folder}: was timed twice, and their {apart}; give one of the results.")
-    return found
+                first = first or other
+                if difference := differences(first, other, TIMING):
+                    raise OptionError(f"{folder}: was timed twice, and their {difference}; give one of the results.")
+    return first
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any], keys: Sequence[str] = PROTOCOL) -> str:

@@ -62,7 +62,7 @@ def run_tasks(run: TaskRun, model: "PreTrainedModel", tokenizer: "PreTrainedToke
         _check_names(run, manager.all_tasks)
         harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=run.batch_size)
         try:
-            made: Any = simple_evaluate(
+            output: Any = simple_evaluate(
                 harness, tasks=list(run.names), task_manager=manager, limit=run.limit, log_samples=False,
                 bootstrap_iters=1000,
             )  # fmt: skip
@@ -72,27 +72,27 @@ def run_tasks(run: TaskRun, model: "PreTrainedModel", tokenizer: "PreTrainedToke
                 f"tasks {', '.join(run.names)}: cannot be run ({type(error).__name__}: {reason}); their data come "
                 f"from the hub unless a YAML in include_path says otherwise."
             ) from error
-    return [_row(task, made, run) for task in made["configs"]]
+    return [_row(task, output, run) for task in output["configs"]]
 
 
-def _check_names(run: TaskRun, known: Sequence[str]) -> None:
+def _check_names(run: TaskRun, available: Sequence[str]) -> None:
     from difflib import get_close_matches
 
     for name in run.names:
-        if name not in known and "*" not in name:
-            near = get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else "; `lm_eval ls tasks` lists those it ships."
+        if name not in available and "*" not in name:
+            close = get_close_matches(name, available, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else "; `lm_eval ls tasks` lists those it ships."
             raise OptionError(f"unknown task {name!r}{hint}")
 
 
-def _row(task: str, made: dict[str, Any], run: TaskRun) -> dict[str, Any]:
-    found, better = made["results"][task], made["higher_is_better"].get(task, {})
+def _row(task: str, output: dict[str, Any], run: TaskRun) -> dict[str, Any]:
+    figures, better = output["results"][task], output["higher_is_better"].get(task, {})
     metrics = {}
-    for key, value in found.items():
+    for key, value in figures.items():
         metric, _, kind = key.partition(",")
         if not kind or metric.endswith("_stderr") or isinstance(value, str):
             continue
-        stderr = found.get(f"{metric}_stderr,{kind}")
+        stderr = figures.get(f"{metric}_stderr,{kind}")
         label = metric if kind == "none" else key
         metrics[label] = {
             "value": float(value),
@@ -101,15 +101,15 @@ def _row(task: str, made: dict[str, Any], run: TaskRun) -> dict[str, Any]:
         }
     protocol = {
         "harness": f"lm-eval {metadata.version('lm_eval')}",
-        "task_version": made["versions"].get(task),
-        "output_type": made["configs"][task].get("output_type"),
-        "shots": made["n-shot"].get(task),
-        "documents": made["n-samples"][task]["effective"],
-        "documents_in_all": made["n-samples"][task]["original"],
+        "task_version": output["versions"].get(task),
+        "output_type": output["configs"][task].get("output_type"),
+        "shots": output["n-shot"].get(task),
+        "documents": output["n-samples"][task]["effective"],
+        "documents_in_all": output["n-samples"][task]["original"],
         "limit": run.limit,
         "batch_size": run.batch_size,
         "chat_template": False,
-        "max_length": made.get("max_length"),
+        "max_length": output.get("max_length"),
     }
     return {"task": task, "metrics": metrics, "protocol": protocol}
 

@@ -39,24 +39,24 @@ def compare(
     models were measured on different token ids or in different ways: such numbers have no order.
     """
     _check_folders(folders)
-    found = [stored.read(path) for path in results]
-    for path, result in zip(results, found, strict=True):
+    measurements = [stored.read(path) for path in results]
+    for path, result in zip(results, measurements, strict=True):
         if not any(stored.is_about(result, folder) for folder in folders):
             raise OptionError(f"{path}: is about {result.get('model')}, which is none of the models compared.")
     if data_specs:
         measure = partial(evaluate, against=against, data_specs=data_specs, progress=progress, **options)
-        found += [measure(folder) for folder in folders]
-    rows = [_row(folder, found) for folder in folders]
+        measurements += [measure(folder) for folder in folders]
+    rows = [_row(folder, measurements) for folder in folders]
     check_protocols(rows)
     for plot, cost in (("size", _bytes), ("speed", _slowness)):
         for row, best in zip(rows, pareto([(cost(r), loss(r)) for r in rows]), strict=True):
             if best:
                 row["best"].append(plot)
-    made = {"format": "eckart-compare", "version": 1, "models": rows}
+    facts = {"format": "eckart-compare", "version": 1, "models": rows}
     if out is not None:
         write_text(Path(out), _page(rows))
-        made["page"] = str(out)
-    return made
+        facts["page"] = str(out)
+    return facts
 
 
 def _check_folders(folders: Sequence[str | Path]) -> None:
@@ -67,13 +67,13 @@ def _check_folders(folders: Sequence[str | Path]) -> None:
             raise OptionError(f"{other}: is there twice; name each model once.")
 
 
-def _row(folder: str | Path, found: Sequence[Row]) -> dict[str, Any]:
+def _row(folder: str | Path, measurements: Sequence[Row]) -> dict[str, Any]:
     """What is known of one model: its ledger, its perplexities by corpus, its speed."""
     return {
         "folder": str(folder),
         **summary(folder),
-        "perplexities": stored.perplexities(found, folder),
-        "decoding": stored.decoding(found, folder),
+        "perplexities": stored.perplexities(measurements, folder),
+        "decoding": stored.decoding(measurements, folder),
         "best": [],
     }
 
@@ -86,19 +86,19 @@ def check_protocols(rows: Sequence[Row]) -> None:
     measured = [row for row in rows if row["perplexities"]]
     for one, other in combinations(measured, 2):
         mine, theirs = one["perplexities"], other["perplexities"]
-        apart = f"{one['folder']} and {other['folder']} were not measured alike"
+        message = f"{one['folder']} and {other['folder']} were not measured alike"
         if missing := sorted(mine.keys() ^ theirs.keys()):
             owner = one if missing[0] in mine else other
-            raise OptionError(f"{apart}: only {owner['folder']} has {missing[0]}; measure both on the same corpora.")
+            raise OptionError(f"{message}: only {owner['folder']} has {missing[0]}; measure both on the same corpora.")
         for corpus in mine:
             if difference := stored.differences(mine[corpus], theirs[corpus]):
-                raise OptionError(f"{apart}: on {corpus} their {difference}; measure both with the same options.")
+                raise OptionError(f"{message}: on {corpus} their {difference}; measure both with the same options.")
 
 
 def loss(row: Row) -> float | None:
     """Mean over the corpora of the loss in nats per token; None for a model not measured, or with a loss not finite."""
-    found = [log(result["perplexity"]) for result in row["perplexities"].values()]
-    return sum(found) / len(found) if found and isfinite(sum(found)) else None
+    losses = [log(result["perplexity"]) for result in row["perplexities"].values()]
+    return sum(losses) / len(losses) if losses and isfinite(sum(losses)) else None
 
 
 def pareto(points: Sequence[tuple[float | None, float | None]]) -> list[bool]:

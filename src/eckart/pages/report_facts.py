@@ -65,7 +65,7 @@ def modules(
 
     A share counts a shared basis once: every member of the group has the share of the whole group.
     """
-    known = {row["targets"][0]: row for row in spectra}
+    by_name = {row["targets"][0]: row for row in spectra}
     rows = []
     for group, entry in zip(groups, entries, strict=True):
         share = ledger.parameters(group, entry.rank, entry.storage, entry.kept) / group.parameters
@@ -83,9 +83,9 @@ def modules(
                 "kept": entry.kept or 0,
                 "share": share,
                 "group": len(group.targets),
-                "energy_effective_rank": known.get(entry.name, entry.details).get("energy_effective_rank"),
+                "energy_effective_rank": by_name.get(entry.name, entry.details).get("energy_effective_rank"),
                 "predicted_loss": None if loss is None else loss / len(group.targets),
-                "measured_alone": _measured_alone(known.get(entry.name, {}).get("measured_kl"), share),
+                "measured_alone": _measured_alone(by_name.get(entry.name, {}).get("measured_kl"), share),
             }
             rows.append(row)
     return sorted(rows, key=lambda row: row["block"])

@@ -36,8 +36,8 @@ def maps(modules: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _most(modules: Sequence[Row], key: str) -> float:
-    known = [float(row[key]) for row in modules if row[key] is not None]
-    return max([0.0, *filter(isfinite, known)])
+    values = [float(row[key]) for row in modules if row[key] is not None]
+    return max([0.0, *filter(isfinite, values)])
 
 
 def _or_dense(row: Row, text: str) -> str:

@@ -60,18 +60,18 @@ def _tiles(facts: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[str, str
 
 def _goals(facts: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """What was asked beside what came out, in the same words."""
-    asked, reached, book = facts["asked"], facts["reached"], facts["ledger"]
+    goal, reached, book = facts["asked"], facts["reached"], facts["ledger"]
     rows = []
-    if "size" in asked:
+    if "size" in goal:
         rows.append(
-            ("size of the weights", f"{asked['size'] / 1e6:,.2f} MB", f"{book['model_bytes_kept'] / 1e6:,.2f} MB")
+            ("size of the weights", f"{goal['size'] / 1e6:,.2f} MB", f"{book['model_bytes_kept'] / 1e6:,.2f} MB")
         )
     kl = reached.get("predicted_kl")
-    if "max_kl" in asked or kl is not None:
-        wanted = f"at most {asked['max_kl']:g}" if "max_kl" in asked else "-"
-        rows.append(("predicted KL, nats per token", wanted, "-" if kl is None else f"{kl:.4f}"))
-    rows.append(("share of the targets kept", f"{asked['keep']:g}" if "keep" in asked else "-", f"{book['keep']:.4f}"))
-    if (multiple := asked.get("rank_multiple", 1)) != 1:
+    if "max_kl" in goal or kl is not None:
+        bound = f"at most {goal['max_kl']:g}" if "max_kl" in goal else "-"
+        rows.append(("predicted KL, nats per token", bound, "-" if kl is None else f"{kl:.4f}"))
+    rows.append(("share of the targets kept", f"{goal['keep']:g}" if "keep" in goal else "-", f"{book['keep']:.4f}"))
+    if (multiple := goal.get("rank_multiple", 1)) != 1:
         rows.append(("ranks are multiples of", str(multiple), str(multiple)))
     return rows
 
@@ -105,32 +105,32 @@ def _protocol(protocol: Mapping[str, Any]) -> str:
 
 def _losses(facts: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[str, str, str]]:
     """What the plan predicted, what the finished model measured, and how much the loss rose on each corpus."""
-    found: list[tuple[str, float]] = []
+    losses: list[tuple[str, float]] = []
     if (predicted := facts["reached"].get("predicted_kl")) is not None:
-        found.append(("KL of the predictions, predicted by the plan", predicted))
+        losses.append(("KL of the predictions, predicted by the plan", predicted))
     if facts["kl"] and facts["kl"].get("measured") is not None:
         text = "text that calibration did not see" if facts["kl"].get("unseen") else "calibration text"
-        found.append((f"KL of the predictions, measured on {text}", facts["kl"]["measured"]))
+        losses.append((f"KL of the predictions, measured on {text}", facts["kl"]["measured"]))
     for row in rows:
         if row.get("kl") is not None:
-            found.append((f"KL of the predictions, measured on {row['data']}", row["kl"]))
+            losses.append((f"KL of the predictions, measured on {row['data']}", row["kl"]))
         if row.get("dense_nll") is not None:
-            found.append((f"rise of the loss, measured on {row['data']}", row["nll"] - row["dense_nll"]))
-    return [(text, f"{nats:.4f}", f"{exp(nats):.3f}") for text, nats in found]
+            losses.append((f"rise of the loss, measured on {row['data']}", row["nll"] - row["dense_nll"]))
+    return [(text, f"{nats:.4f}", f"{exp(nats):.3f}") for text, nats in losses]
 
 
 def _tasks(result: Row) -> list[tuple[str, str, str, str]]:
     """A row for each metric of each task, dense beside compressed, with standard errors."""
 
-    def score(found: Row | None) -> str:
-        if found is None:
+    def score(figures: Row | None) -> str:
+        if figures is None:
             return "-"
-        return f"{found['value']:.3f}" + (f" ± {found['stderr']:.3f}" if found.get("stderr") else "")
+        return f"{figures['value']:.3f}" + (f" ± {figures['stderr']:.3f}" if figures.get("stderr") else "")
 
     return [
-        (row["task"], metric, score(row.get("dense_metrics", {}).get(metric)), score(found))
+        (row["task"], metric, score(row.get("dense_metrics", {}).get(metric)), score(figures))
         for row in result.get("tasks", [])
-        for metric, found in row["metrics"].items()
+        for metric, figures in row["metrics"].items()
     ]
 
 
@@ -152,8 +152,8 @@ def _charts(spectra: Sequence[Row], modules: Sequence[Row]) -> list[tuple[str, s
         label = f"{row['targets'][0]}, effective rank {row['effective_rank']:.0f}, stable rank {row['stable_rank']:.1f}"
         curves.setdefault(row["kind"], []).append(charts.Line(points, tone, label, mark))
     return [
-        (kind, charts.lines(found, x_label="share of the full rank", y_label="energy lost"))
-        for kind, found in curves.items()
+        (kind, charts.lines(lines, x_label="share of the full rank", y_label="energy lost"))
+        for kind, lines in curves.items()
     ]
 
 
@@ -170,15 +170,15 @@ def _recipe(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
     """A recipe's parts with their options, a row each."""
     rows = []
     for part in ("factorizer", "allocator", "grouping"):
-        made = recipe.get(part)
-        if isinstance(made, Mapping) and made.get("size") != 1:  # groups of one are no groups
-            rows.append((part, _part(made)))
-    return rows + [("refiner", _part(made)) for made in recipe.get("refiners") or []]
+        method = recipe.get(part)
+        if isinstance(method, Mapping) and method.get("size") != 1:  # groups of one are no groups
+            rows.append((part, _part(method)))
+    return rows + [("refiner", _part(method)) for method in recipe.get("refiners") or []]
 
 
-def _part(made: Mapping[str, Any]) -> str:
-    options = ", ".join(f"{key} = {value}" for key, value in made.items() if key != "name")
-    return f"{made['name']}: {options}" if "name" in made and options else str(made.get("name", options))
+def _part(method: Mapping[str, Any]) -> str:
+    options = ", ".join(f"{key} = {value}" for key, value in method.items() if key != "name")
+    return f"{method['name']}: {options}" if "name" in method and options else str(method.get("name", options))
 
 
 def _data(calibration: Mapping[str, Any] | None) -> list[tuple[str, str]]:

@@ -39,18 +39,18 @@ def report(
     Raises `UserError` for a folder or a file that is not what it should be, or results about another model.
     """
     facts = gather(folder)
-    found = [dict(result) if isinstance(result, Mapping) else stored.read(result) for result in results]
-    for given, result in zip(results, found, strict=True):
+    measurements = [dict(result) if isinstance(result, Mapping) else stored.read(result) for result in results]
+    for source, result in zip(results, measurements, strict=True):
         if not stored.is_about(result, folder):
-            name = "a result" if isinstance(given, Mapping) else given
+            name = "a result" if isinstance(source, Mapping) else source
             raise OptionError(
                 f"{name}: is about {result.get('model')}, not about {folder}; give results of this model."
             )
     if data_specs:
-        found.append(evaluate(folder, against=against, data_specs=data_specs, progress=progress, **options))
+        measurements.append(evaluate(folder, against=against, data_specs=data_specs, progress=progress, **options))
     facts |= {
-        "evaluations": [result for result in found if result["format"] == stored.EVAL],
-        "benches": [result for result in found if result["format"] == stored.BENCH],
+        "evaluations": [result for result in measurements if result["format"] == stored.EVAL],
+        "benches": [result for result in measurements if result["format"] == stored.BENCH],
         "samples": _samples(folder, against, prompts, Protocol(**options), progress) if against or prompts else None,
     }
     path = Path(folder) / NAME if out is None else Path(out)
@@ -62,13 +62,13 @@ def _samples(
     folder: str | Path, against: str | None, prompts: Sequence[str], protocol: Protocol, progress: Progress
 ) -> dict[str, Any]:
     """What the models write after each prompt."""
-    asked = list(prompts) or list(samples.PROMPTS)
+    prompts = list(prompts) or list(samples.PROMPTS)
     progress("sample", 0, 2)
-    write = partial(samples.write, prompts=asked, device=protocol.device, dtype=protocol.dtype)
-    dense: Sequence[str | None] = [None] * len(asked) if against is None else write(against)
+    write = partial(samples.write, prompts=prompts, device=protocol.device, dtype=protocol.dtype)
+    dense: Sequence[str | None] = [None] * len(prompts) if against is None else write(against)
     progress("sample", 1, 2)
     compressed = write(folder)
     progress("sample", 2, 2)
-    rows = zip(asked, dense, compressed, strict=True)
+    rows = zip(prompts, dense, compressed, strict=True)
     texts = [{"prompt": prompt, "dense": one, "compressed": other} for prompt, one, other in rows]
     return {"new_tokens": samples.NEW_TOKENS, "texts": texts}

@@ -25,15 +25,15 @@ def table(result: Row) -> dict[str, Any]:
 def _cells(row: Row) -> list[list[str]]:
     cells = []
     for phase in ("prefill", "decode"):
-        found = row[phase]
+        figures = row[phase]
         cells.append(
             [
                 f"{phase}, batch {row['batch']}",
-                f"{found['dense_tokens_per_second']:,.1f}",
-                f"{found['tokens_per_second']:,.1f}",
-                f"{found['speedup']:.2f}",
-                f"{found['speedup_low']:.2f} to {found['speedup_high']:.2f}",
-                f"{found['limit']:.2f}",
+                f"{figures['dense_tokens_per_second']:,.1f}",
+                f"{figures['tokens_per_second']:,.1f}",
+                f"{figures['speedup']:.2f}",
+                f"{figures['speedup_low']:.2f} to {figures['speedup_high']:.2f}",
+                f"{figures['limit']:.2f}",
             ]
         )
     first = row["prefill"]
