@@ -24,7 +24,7 @@ def card(provenance: Mapping[str, Any], plan: Plan | None) -> str:
         pipeline_tag="text-generation",
         tags=["eckart", "low-rank"],
     )
-    rows = "\n".join(f"| {what} | {said} |" for what, said in _facts(provenance, plan) if said)
+    rows = "\n".join(f"| {what} | {value} |" for what, value in _facts(provenance, plan) if value)
     return f"---\n{head.to_yaml()}\n---\n\n{_TEXT.format(model=_shown(source), rows=rows)}"
 
 
@@ -74,7 +74,7 @@ Without either, loading fails on a size mismatch. It never falls back to random 
 
 
 def _facts(provenance: Mapping[str, Any], plan: Plan | None) -> list[tuple[str, str]]:
-    """What is known, in words; an empty text for what is not."""
+    """Rows `(what, value)` in words; an empty value for what is not recorded."""
     ledger, data = provenance.get("ledger"), provenance.get("calibration")
     recipe, versions = _at(provenance, "recipe", "name"), provenance.get("versions") or {}
     predicted, measured = _predicted(plan), _at(provenance, "kl", "measured")
@@ -100,16 +100,16 @@ def _share(ledger: Mapping[str, Any] | None, what: str) -> str:
 
 
 def _calibration(data: Mapping[str, Any]) -> str:
-    """The text by its name: folders of the machine it was made on are nobody's business."""
+    """The text by its name, without the folders of the machine that it was on."""
     windows = f"{data.get('windows')} windows of {data.get('length')} tokens"
     parts = [Path(part).name if part.startswith(("/", ".", "~")) else part for part in str(data.get("spec")).split(",")]
     return f"{', '.join(parts)}: {windows}, hash `{str(data.get('tokens_hash'))[:12]}`"
 
 
 def _predicted(plan: Plan | None) -> float | None:
-    """The loss that the allocator foretold, if it did."""
-    found = None if plan is None else plan.reached.get("predicted_kl")
-    return float(found) if isinstance(found, int | float) else None
+    """The KL that the plan predicts, None if it predicts none."""
+    kl = None if plan is None else plan.reached.get("predicted_kl")
+    return float(kl) if isinstance(kl, int | float) else None
 
 
 def _at(data: Mapping[str, Any], *keys: str) -> Any:

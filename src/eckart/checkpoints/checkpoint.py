@@ -39,7 +39,7 @@ def save(
 ) -> None:
     """Write a checkpoint to a new folder, whole or not at all, with the code that reads it and a model card.
 
-    `spectra` are summaries of `eckart.maths.density`, for reports. `provenance` is JSON data; the sizes and hashes
+    `spectra` are summaries by `eckart.plans.figures`, for reports. `provenance` is JSON data; the sizes and hashes
     of the weight files are added to it, and the versions in use where it has none. The model is left ready
     for its own `save_pretrained`. Raises `PlanError` when the plan is not what the model is, `OutputError`
     when the folder cannot be written.
@@ -63,10 +63,10 @@ def save(
             _write_json(partial / PLAN, plan.to_dict())
         spectra_file.write(partial, spectra)
         written = {path.name: _fingerprint(path) for path in sorted(partial.glob("*.safetensors"))}
-        told = {"versions": versions(), **(provenance or {}), "files": written}
-        _write_json(partial / PROVENANCE, told)
+        record = {"versions": versions(), **(provenance or {}), "files": written}
+        _write_json(partial / PROVENANCE, record)
         if specs:
-            (partial / card.NAME).write_text(card.card(told, plan), encoding="utf-8")
+            (partial / card.NAME).write_text(card.card(record, plan), encoding="utf-8")
 
 
 def load(
@@ -190,13 +190,13 @@ def read_provenance(folder: str | Path) -> dict[str, Any]:
 
 
 def _native_class(config: Mapping[str, Any]) -> Any:
-    """The very class that was saved, which is not always what the auto class would choose."""
+    """The class that was saved, which is not always what the auto class would choose."""
     import transformers
 
     name = (config.get("architectures") or [""])[0]
-    found = getattr(transformers, name, None) if name.isidentifier() else None
-    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-        return found
+    native = getattr(transformers, name, None) if name.isidentifier() else None
+    if isinstance(native, type) and issubclass(native, transformers.PreTrainedModel):
+        return native
     return transformers.AutoModelForCausalLM
 
 
@@ -211,10 +211,10 @@ def _specs(folder: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]
     if method != hf.METHOD:
         raise CheckpointError(f"{folder / CONFIG}: quant_method is {method!r}, but eckart writes {hf.METHOD!r}.")
     try:
-        read: hf.EckartConfig = hf.EckartConfig.from_dict(quantization)
+        eckart_config: hf.EckartConfig = hf.EckartConfig.from_dict(quantization)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{folder / CONFIG}: quantization_config: {error}") from None
-    return read.modules
+    return eckart_config.modules
 
 
 def _difference(plan: Plan, specs: Mapping[str, Mapping[str, Any]]) -> str:
@@ -254,11 +254,11 @@ def _verify(folder: Path, weights: list[Path]) -> None:
     if set(recorded) != {path.name for path in weights}:
         raise CheckpointError(f"{folder}: its weight files are not those that {PROVENANCE} names: {sorted(recorded)}.")
     for path in weights:
-        found, due = _fingerprint(path), recorded[path.name]
+        actual, saved = _fingerprint(path), recorded[path.name]
         for what in ("bytes", "sha256"):
-            if found[what] != due[what]:
+            if actual[what] != saved[what]:
                 raise CheckpointError(
-                    f"{path}: is not what was saved: {what} {found[what]}, but {due[what]} in {PROVENANCE}; "
+                    f"{path}: is not what was saved: {what} {actual[what]}, but {saved[what]} in {PROVENANCE}; "
                     "copy or download it again."
                 )
 

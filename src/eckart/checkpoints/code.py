@@ -37,7 +37,7 @@ def write_code(folder: Path, model: Any) -> None:
     (folder / INDEX).write_text(_index(names), encoding="utf-8")
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["auto_map"] = {auto: f"{hf.CODE}.{made.__name__}" for auto, made in classes.items()}
+    config["auto_map"] = {auto: f"{hf.CODE}.{native.__name__}" for auto, native in classes.items()}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")  # as transformers writes it
 
 
@@ -47,27 +47,27 @@ def _file(module: Any) -> Path:
 
 def _files_of(names: list[str]) -> set[Path]:
     """The files of these storages, and of those whose layers they make."""
-    wanted = {f"eckart.storages.{name}" for name in names}
-    found: set[Path] = set()
-    while wanted:
-        module = sys.modules[wanted.pop()]
-        if _file(module) not in found:
-            found.add(_file(module))
+    modules = {f"eckart.storages.{name}" for name in names}
+    files: set[Path] = set()
+    while modules:
+        module = sys.modules[modules.pop()]
+        if _file(module) not in files:
+            files.add(_file(module))
             others = {str(getattr(value, "__module__", "")) for value in vars(module).values()}
-            wanted |= {other for other in others if other.startswith("eckart.storages.")}
-    return found
+            modules |= {other for other in others if other.startswith("eckart.storages.")}
+    return files
 
 
 def _index(names: list[str]) -> str:
     """What `eckart.storages` is in the package: the storages by name, here those of this checkpoint."""
     classes = {name: type(storages.find(name)).__name__ for name in names}
-    imports = "".join(f"from .{name} import {made}\n" for name, made in classes.items())
-    known = ", ".join(f'"{name}": {made}()' for name, made in classes.items())
+    imports = "".join(f"from .{name} import {class_name}\n" for name, class_name in classes.items())
+    entries = ", ".join(f'"{name}": {class_name}()' for name, class_name in classes.items())
     return f'''"""How the layers of this checkpoint are stored. Written by `eckart.save`."""
 
 from .base import FactorizedLayer, Storage
 {imports}
-_KNOWN: dict[str, Storage] = {{{known}}}
+_KNOWN: dict[str, Storage] = {{{entries}}}
 
 
 def find(name: object) -> Storage:

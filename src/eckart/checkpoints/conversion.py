@@ -37,7 +37,7 @@ def convert(folder: str | Path, *, storage: str, out: str | Path, progress: Prog
     full rank, cannot be pivoted and stay as they are. Raises `UserError` for an unknown storage, a folder
     that is not a checkpoint, or an `out` that is taken.
     """
-    possible = [*(known.name for known in storages.known() if known.from_plain_pairs), "dense"]
+    possible = [*(candidate.name for candidate in storages.known() if candidate.from_plain_pairs), "dense"]
     if storage not in possible:
         raise OptionError(f"storage is {storage!r}, but must be {', '.join(possible)}.")
     files.check_new_folder(Path(out))
@@ -87,5 +87,5 @@ def _plan(plan: Plan | None, model: nn.Module, layout: Layout) -> tuple[Plan, Le
     changed = replace(plan, entries=tuple(entries))
     groups, resolved = resolve(changed, layout.targets)
     dtype = next(model.parameters()).dtype
-    made = ledger.make_ledger(groups, resolved, layout.parameters, dtype.itemsize)
-    return replace(changed, reached={**changed.reached, **made.to_dict()}), made
+    book = ledger.make_ledger(groups, resolved, layout.parameters, dtype.itemsize)
+    return replace(changed, reached={**changed.reached, **book.to_dict()}), book

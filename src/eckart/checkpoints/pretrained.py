@@ -82,7 +82,10 @@ def read(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    unmet = [f"{key} is {list(found)} but must be {list(due)}" for key, found, due in sorted(info["mismatched_keys"])]
+    unmet = [
+        f"{key} is {list(shape)} but must be {list(expected)}"
+        for key, shape, expected in sorted(info["mismatched_keys"])
+    ]
     unmet += _few(sorted(info["missing_keys"]), "missing from the files")
     return model, unmet, _few(sorted(info["unexpected_keys"]), "in the files but not in the model")
 

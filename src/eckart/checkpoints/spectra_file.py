@@ -12,7 +12,7 @@ NAME, FORMAT, VERSION = "spectra.json", "eckart-spectra", 1
 
 
 def write(folder: Path, summaries: Sequence[Mapping[str, Any]]) -> None:
-    """Write `density.summary` of each group, a group a line; nothing without groups."""
+    """Write a `plans.figures.summary` of each group, one a line; no file without groups."""
     if summaries:
         rows = ",\n".join(to_json(row) for row in summaries)
         text = f'{{"format": "{FORMAT}", "version": {VERSION}, "groups": [\n{rows}\n]}}\n'
@@ -24,11 +24,11 @@ def read(folder: str | Path) -> list[dict[str, Any]]:
     path = Path(folder) / NAME
     if not path.exists():
         return []
-    found = numbers(pretrained.read_json(path, CheckpointError))
-    groups = found.get("groups")
-    if found.get("format") != FORMAT or found.get("version") != VERSION or not isinstance(groups, list):
+    data = numbers(pretrained.read_json(path, CheckpointError))
+    groups = data.get("groups")
+    if data.get("format") != FORMAT or data.get("version") != VERSION or not isinstance(groups, list):
         raise CheckpointError(
-            f"{path}: format {found.get('format')!r} version {found.get('version')!r}, but this eckart reads "
+            f"{path}: format {data.get('format')!r} version {data.get('version')!r}, but this eckart reads "
             f"{FORMAT!r} version {VERSION}; delete the file, which only reports read, or take the eckart that wrote it."
         )
     return groups

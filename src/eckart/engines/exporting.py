@@ -131,8 +131,14 @@ def _note(to: str, int8: bool) -> str:
 
 def _write_origin(model: str | Path, to: str, int8: bool, folder: Path) -> None:
     """What the export was made of, beside it; not `provenance.json`, which would make it a checkpoint."""
-    made = checkpoint.read_provenance(model) if Path(model).is_dir() else {}
-    origin = {"exported_to": to, "int8": int8, "from": str(model), "exported_with": versions(), "checkpoint": made}
+    provenance = checkpoint.read_provenance(model) if Path(model).is_dir() else {}
+    origin = {
+        "exported_to": to,
+        "int8": int8,
+        "from": str(model),
+        "exported_with": versions(),
+        "checkpoint": provenance,
+    }
     (folder / "origin.json").write_text(to_json(origin, indent=1) + "\n", encoding="utf-8")
 
 

@@ -41,21 +41,21 @@ class OnnxModel:
         """Logits `[batch, tokens, vocabulary]` of ids `[batch, tokens]` that follow `past`, and the cache with them."""
         batch, tokens = ids.shape
         past = self.empty_past(batch) if past is None else past
-        seen = next((array.shape[2] for array in past.values()), 0)
-        given = {
+        past_tokens = next((array.shape[2] for array in past.values()), 0)
+        feed = {
             "input_ids": ids,
-            "position_ids": np.broadcast_to(np.arange(seen, seen + tokens), (batch, tokens)),
-            "attention_mask": np.ones((batch, seen + tokens), np.int64),
+            "position_ids": np.broadcast_to(np.arange(past_tokens, past_tokens + tokens), (batch, tokens)),
+            "attention_mask": np.ones((batch, past_tokens + tokens), np.int64),
             **past,
         }
-        made = dict(zip(self.outputs, self.session.run(None, {n: given[n] for n in self.inputs}), strict=True))
-        return made["logits"], {n: made[n.replace("input.", "output.", 1)] for n in past}
+        outputs = dict(zip(self.outputs, self.session.run(None, {n: feed[n] for n in self.inputs}), strict=True))
+        return outputs["logits"], {n: outputs[n.replace("input.", "output.", 1)] for n in past}
 
     def greedy(self, ids: Any, count: int) -> Any:
         """The `count` most likely tokens that follow ids `[1, tokens]`, one after the other."""
         logits, past = self(ids)
-        found = [int(logits[0, -1].argmax())]
-        while len(found) < count:
-            logits, past = self(np.array([[found[-1]]]), past)
-            found.append(int(logits[0, -1].argmax()))
-        return found
+        tokens = [int(logits[0, -1].argmax())]
+        while len(tokens) < count:
+            logits, past = self(np.array([[tokens[-1]]]), past)
+            tokens.append(int(logits[0, -1].argmax()))
+        return tokens

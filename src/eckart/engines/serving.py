@@ -2,7 +2,7 @@
 
 vLLM fuses projections (q, k and v; gate and up). Each of the fused layers keeps its own factors here, of
 its own rank and storage, beside dense ones. Weights arrive whole and are cut for each device by
-`eckart.model.split`. The classes stand at module level because vLLM pickles them into its workers.
+`eckart.engines.parts`. The classes stand at module level because vLLM pickles them into its workers.
 """
 
 from functools import partial
@@ -178,13 +178,13 @@ class EckartServing(QuantizationConfig):  # type: ignore[misc]
 
     def tensors_of(self, name: str, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """What was loaded of a layer, on its device; a shared basis is the same tensor for all its readers."""
-        found = self.loaded.pop(name, {})
+        tensors = self.loaded.pop(name, {})
         owner = self.modules.get(name, {}).get("basis_of", name)
-        if "basis.weight" in found:
-            self._bases[name] = found["basis.weight"].to(device, dtype)
+        if "basis.weight" in tensors:
+            self._bases[name] = tensors["basis.weight"].to(device, dtype)
         elif owner != name and owner not in self._bases and "basis.weight" in self.loaded.get(owner, {}):
             self._bases[owner] = self.loaded[owner]["basis.weight"].to(device, dtype)
         elif owner != name and owner not in self._bases:
             raise ValueError(f"{name}: reads the basis of {owner}, which is on another pipeline stage of vLLM.")
-        made = {key: t.to(device, dtype if t.is_floating_point() else None) for key, t in found.items()}
-        return made | ({"basis.weight": self._bases[owner]} if owner in self._bases else {})
+        on_device = {key: t.to(device, dtype if t.is_floating_point() else None) for key, t in tensors.items()}
+        return on_device | ({"basis.weight": self._bases[owner]} if owner in self._bases else {})

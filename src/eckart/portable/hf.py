@@ -1,6 +1,6 @@
 """Teach transformers to load and save factorised models: a quantizer named `eckart`, registered on import.
 
-Needs torch, transformers and two files beside it alone, since it travels with checkpoints
+Needs torch, transformers and the files that travel with it alone, since a checkpoint holds it
 (`modeling_eckart.py`). What stands in a checkpoint, and why, is in `docs/format.md`.
 """
 
@@ -123,9 +123,9 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """What `model.dequantize()` does: the product of the factors in place of each factorised layer."""
-        wanted = None if dtype == model.config.dtype else dtype  # transformers fills in the stored dtype
+        new_dtype = None if dtype == model.config.dtype else dtype  # transformers fills in the stored dtype
         densify_(model)
-        return model if wanted is None else model.to(wanted)
+        return model if new_dtype is None else model.to(new_dtype)
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True

@@ -1,7 +1,7 @@
 """What `trust_remote_code=True` runs: the model classes of a checkpoint, for readers without the package.
 
-A checkpoint holds this file beside `hf.py`, `linear.py` and `tensor_parallel.py`, byte for byte as they
-are in the package. To import it registers the quantizer. It prefers the installed package, so that one
+A checkpoint holds this file beside `hf.py`, `linear.py`, `tensor_parallel.py` and its storages, byte for byte as
+they are in the package. Importing it registers the quantizer. It prefers the installed package, so that one
 process never has two kinds of factorised layer. Needs torch and transformers alone.
 """
 
@@ -35,6 +35,6 @@ def __getattr__(name: str) -> Any:
         members["is_custom_code"] = classmethod(lambda _: False)
         # transformers looks for the fused experts in the source of a class's module, which is this file.
         members["_can_set_experts_implementation_cached_value"] = native._can_set_experts_implementation()
-    made = type(native)(name, (native,), members)
-    globals()[name] = made
-    return made
+    subclass = type(native)(name, (native,), members)
+    globals()[name] = subclass
+    return subclass

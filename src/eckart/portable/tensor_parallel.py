@@ -50,8 +50,8 @@ class _Around(TensorParallelLayer):  # type: ignore[misc]
         _refuse(module, self.style)
         if is_factorized(module):
             return module
-        made: nn.Module = ALL_PARALLEL_STYLES[self.style].install_forward(module, mesh)
-        return made
+        result: nn.Module = ALL_PARALLEL_STYLES[self.style].install_forward(module, mesh)
+        return result
 
 
 def _refuse(module: nn.Module, style: str) -> None:

@@ -35,5 +35,5 @@ def _made(name: str) -> Storage:
 
 
 def known() -> list[Storage]:
-    """All of them."""
+    """All storages."""
     return [find(name) for name in names()]

@@ -116,7 +116,7 @@ class Storage(ABC):
         return bisect_right(ranks, allowance, key=lambda rank: self.parameters(Size(out_features, in_features, rank)))
 
     def refusal(self, size: Size) -> str | None:
-        """Why nothing of this size is stored so, in words that can follow "it"; None if it can."""
+        """Why a matrix of this size cannot be stored so, in words that can follow "it"; None if it can."""
         if size.members > 1 and not self.shares_basis:
             return "shares its basis"
         return "has preserved columns" if size.kept else None
@@ -127,11 +127,11 @@ class Storage(ABC):
     def empty(
         self, out_features: int, in_features: int, spec: Mapping[str, Any], *, bias: bool, dtype: torch.dtype
     ) -> FactorizedLayer:
-        """The layer of a checkpoint's entry on the meta device. Raises `ValueError` for an entry that cannot be."""
+        """The layer of a checkpoint's entry, on the meta device. Raises `ValueError` for an entry that is not valid."""
 
     @abstractmethod
     def of_pair(self, pair: Pair) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The entry and the tensors, bias included, that store a pair. Raises `ValueError` for one that cannot be."""
+        """The entry and the tensors, bias included, that store a pair. Raises `ValueError` if they cannot."""
 
     @abstractmethod
     def to_pair(self, layer: Any) -> Pair:
@@ -156,5 +156,5 @@ def checked_rank(spec: Mapping[str, Any], most: int, why: str, out_features: int
 
 
 def fixed(weight: Tensor) -> nn.Parameter:
-    """A parameter for a part of a layer, which nobody trains."""
+    """A parameter for a part of a layer; parts are not trained."""
     return nn.Parameter(weight.contiguous(), requires_grad=False)

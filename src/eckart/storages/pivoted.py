@@ -95,16 +95,16 @@ class PivotedStorage(Storage):
 
     def of_pair(self, pair: Pair, pivots: Any = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """`pivots` chooses the side, "rows" or "columns"; by default the smaller one."""
-        made = _pivoting().pivoted(pair.basis, pair.coefficients, pivots)
-        tensors = {"basis.weight": made.basis, "coefficients.weight": made.coefficients, "index": made.index}
+        matrix = _pivoting().pivoted(pair.basis, pair.coefficients, pivots)
+        tensors = {"basis.weight": matrix.basis, "coefficients.weight": matrix.coefficients, "index": matrix.index}
         tensors |= {} if pair.bias is None else {"bias": pair.bias}
-        return {"storage": "pivoted", "rank": len(pair.basis), "pivots": made.pivots}, tensors
+        return {"storage": "pivoted", "rank": len(pair.basis), "pivots": matrix.pivots}, tensors
 
     def to_pair(self, layer: PivotedLinear) -> Pair:
         """Coefficients come out orthonormal, so that rounding the pair adds no more error than rounding the weight."""
         maths = _pivoting()
-        made = maths.Pivoted(layer.basis.weight, layer.coefficients.weight, layer.index, layer.pivots)
-        basis, coefficients = maths.unpivoted(made)
+        matrix = maths.Pivoted(layer.basis.weight, layer.coefficients.weight, layer.index, layer.pivots)
+        basis, coefficients = maths.unpivoted(matrix)
         return Pair(basis, coefficients, layer.bias)
 
     def part(self, layer: PivotedLinear, outputs: slice, inputs: slice) -> FactorizedLayer:
