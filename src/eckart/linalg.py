@@ -139,10 +139,10 @@ class Decomposition:
         """`(Y, Z)`, each of the smaller side's size squared."""
         if isinstance(self._held, Path):
             stored = load_file(self._held)
-            held = tuple(stored[str(i)].to(self.weight.device) for i in range(len(stored)))
+            matrices = tuple(stored[str(i)].to(self.weight.device) for i in range(len(stored)))
         else:
-            held = self._held
-        return held[0], held[-1]
+            matrices = self._held
+        return matrices[0], matrices[-1]
 
     def close(self) -> None:
         """Keep what cuts need in the weight's own precision (float32 at least), which is half of the memory.

@@ -77,10 +77,10 @@ def fit_ranks(groups: Sequence[Group], keeps: Sequence[float], budget: Budget) -
         lower = ranks[at] - min(multiple, ranks[at] - least[at])
         room += cost(at, ranks[at]) - cost(at, lower)
         ranks[at] = lower
-    while able := [
+    while affordable := [
         i for i, r in enumerate(ranks) if r + multiple <= most[i] and cost(i, r + multiple) - cost(i, r) <= room
     ]:
-        at = max(able, key=lambda i: (wishes[i] - ranks[i]) / wishes[i])
+        at = max(affordable, key=lambda i: (wishes[i] - ranks[i]) / wishes[i])
         room -= cost(at, ranks[at] + multiple) - cost(at, ranks[at])
         ranks[at] += multiple
     return ranks
@@ -102,12 +102,12 @@ def _wish(group: Group, allowance: float, storage: str) -> float:
 def draws(count: int, units: int, kappa_most: float, noise: float, seed: int) -> list[tuple[float, list[float]]]:
     """`count` pairs of a kappa from U(0, kappa_most) and a log-normal factor for each unit."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = []
+    pairs = []
     for _ in range(count):
         kappa = float(torch.rand((), generator=generator, dtype=torch.float64)) * kappa_most
         factors = (torch.randn(units, generator=generator, dtype=torch.float64) * noise).exp()
-        drawn.append((kappa, factors.tolist()))
-    return drawn
+        pairs.append((kappa, factors.tolist()))
+    return pairs
 
 
 def mean_removed(groups: Sequence[Group], keep: float) -> float:

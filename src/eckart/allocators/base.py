@@ -1,6 +1,6 @@
 """The contract of an allocator: spectra, a budget and the ledger in, one entry per group out.
 
-An allocator never sees a model, a weight or a file. In which storage ranks are spent stands in the budget.
+An allocator never sees a model, a weight or a file. The budget says in which storage ranks are spent.
 """
 
 from abc import ABC, abstractmethod
@@ -49,12 +49,12 @@ class Allocator(ABC):
     def probe_windows(self) -> tuple[int, int] | None:
         """On how many calibration windows to measure candidate plans, and how many to hold out; None: on none.
 
-        An allocator that names them is asked through `search`.
+        An allocator that names them is called through `search`.
         """
         return None
 
     def search(self, spectra: Sequence[Spectrum], budget: Budget, probe: Probe) -> list[Entry]:
-        """The same with the loss of candidate plans at hand; most allocators do not ask for it."""
+        """As `allocate`, with a probe that measures the loss of candidate plans; most allocators do not use it."""
         return self.allocate(spectra, budget)
 
 

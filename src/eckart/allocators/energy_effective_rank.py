@@ -60,9 +60,9 @@ class EnergyEffectiveRank(Allocator):
         bidders = [self._bidder(spectrum, budget) for spectrum in spectra]
         ranks = [0] * len(spectra)
         for members in _by_kind(spectra).values() if self.scope == "kind" else [list(range(len(spectra)))]:
-            asked = [bidders[i] for i in members]
-            found = integer_ranks(asked, total(asked, [uniform[i] for i in members]))
-            for i, rank in zip(members, found, strict=True):
+            own = [bidders[i] for i in members]
+            own_ranks = integer_ranks(own, total(own, [uniform[i] for i in members]))
+            for i, rank in zip(members, own_ranks, strict=True):
                 ranks[i] = rank
         guarded = self._apply_guard(spectra, ranks, uniform)
         details: list[dict[str, object]] = [
@@ -127,7 +127,7 @@ class EnergyEffectiveRank(Allocator):
         beta = auto_beta(budget.keep) if isinstance(self.beta, str) else ledger.share(self.beta)
         if beta == 0:
             return
-        kinds, done = _by_kind(spectra), False
+        kinds, rebalanced = _by_kind(spectra), False
         for parent in dict.fromkeys(kind.rpartition(".")[0] for kind in kinds):
             here = [kind for kind in kinds if kind.rpartition(".")[0] == parent]
             roles = [[kind for kind in here if matches(kind, (role,))] for role in (self.query, self.key, self.value)]
@@ -138,8 +138,8 @@ class EnergyEffectiveRank(Allocator):
             for i in givers + takers:
                 details[i]["rank_before_rebalancing"] = ranks[i]
             rebalance_(bidders, ranks, givers, takers, beta)
-            done = True
-        if not done:
+            rebalanced = True
+        if not rebalanced:
             logger.warning(
                 "no attention with separate %s, %s and %s among the targets: nothing is rebalanced.",
                 self.query, self.key, self.value,

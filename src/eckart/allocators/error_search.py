@@ -78,12 +78,12 @@ class ErrorSearch(Allocator):
     def units(self, spectra: Sequence[Spectrum]) -> list[int]:
         """The number of the unit of each group; a group over several blocks belongs to its first."""
         keys: dict[object, int] = {}
-        found = []
+        numbers = []
         for spectrum in spectra:
             first = spectrum.group.targets[0]
             key = first.block if self.per == "block" else (first.block, first.kind)
-            found.append(keys.setdefault(key, len(keys)))
-        return found
+            numbers.append(keys.setdefault(key, len(keys)))
+        return numbers
 
     def sensitivities(
         self, spectra: Sequence[Spectrum], budget: Budget, units: Sequence[int], probe: Probe
@@ -111,12 +111,12 @@ class ErrorSearch(Allocator):
         for group, unit in zip(groups, units, strict=True):
             sizes[unit] += group.parameters
         mean = mean_removed(groups, budget.keep)
-        made = []
+        plans = []
         for kappa, noise in draws(self.candidates - 1, len(sizes), self.kappa, self.noise, self.seed):
             removed = draw_removal(sensitivities, sizes, mean, kappa, noise)
             ranks = fit_ranks(groups, [1 - removed[unit] for unit in units], budget)
-            made.append([entry_at(group, rank, budget) for group, rank in zip(groups, ranks, strict=True)])
-        return made
+            plans.append([entry_at(group, rank, budget) for group, rank in zip(groups, ranks, strict=True)])
+        return plans
 
     def choose(
         self, plans: Sequence[list[Entry]], scores: Sequence[float], probe: Probe

@@ -97,15 +97,15 @@ class Knapsack(Allocator):
                 f"{group.name}: the knapsack needs measured curves, and its spectrum has none; "
                 "compress through a recipe, which measures them, or choose another allocator."
             )
-        wanted = [share for share in (*self.shares, budget.keep) if share >= self.min_share]
-        losses = filled(curve, wanted)
-        if missing := [share for share in wanted if share not in losses]:
+        shares = [share for share in (*self.shares, budget.keep) if share >= self.min_share]
+        losses = filled(curve, shares)
+        if missing := [share for share in shares if share not in losses]:
             raise OptionError(
                 f"{group.name}: the share {missing[0]:g} was not measured, and {sorted(curve)} are too few for a curve "
                 "through them; name two shares beside 1 in knapsack.measured."
             )
         options: dict[int, Choice] = {}
-        for share in sorted({*wanted, min(wanted)}):
+        for share in sorted({*shares, min(shares)}):
             rank = ledger.rank_for(group, share, budget)
             cost = ledger.parameters(group, rank, ledger.admitted(group, budget.storage))
             if cost <= group.parameters:
@@ -148,7 +148,7 @@ def _table(costs: list[list[int]], choices: Sequence[Sequence[Choice]], cells: i
     size = (cells if at_most else sum(max(row) for row in costs)) + 1
     best = torch.full((size,), torch.inf, dtype=torch.float64)
     best[0] = 0
-    came: list[torch.Tensor] = []
+    picks: list[torch.Tensor] = []
     for row, options in zip(costs, choices, strict=True):
         new = torch.full_like(best, torch.inf)
         pick = torch.zeros(size, dtype=torch.uint8)
@@ -160,14 +160,14 @@ def _table(costs: list[list[int]], choices: Sequence[Sequence[Choice]], cells: i
             new[cost:][better] = value[better]
             pick[cost:][better] = number
         best = new
-        came.append(pick)
+        picks.append(pick)
     if at_most:
         cell = int(best.argmin())
     else:
         reachable = torch.isfinite(best).nonzero()[:, 0]
         cell = int(reachable[(reachable - cells).abs().argmin()])
     picked = []
-    for row, pick in zip(reversed(costs), reversed(came), strict=True):
+    for row, pick in zip(reversed(costs), reversed(picks), strict=True):
         picked.append(int(pick[cell]))
         cell -= row[picked[-1]]
     return picked[::-1]

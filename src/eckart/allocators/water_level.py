@@ -64,9 +64,9 @@ class WaterLevel(Allocator):
 
     def _in_one_unit(self, spectra: Sequence[Spectrum]) -> list[Spectrum]:
         """The spectra with `nats` set to the weight that their squared errors have in the sum."""
-        known = all(spectrum.nats is not None for spectrum in spectra)
+        predicts = all(spectrum.nats is not None for spectrum in spectra)
         return [
-            Spectrum(s.group, s.values, 1 / max(s.energy, 1e-300) if self.normalise else s.nats if known else 1.0)
+            Spectrum(s.group, s.values, 1 / max(s.energy, 1e-300) if self.normalise else s.nats if predicts else 1.0)
             for s in spectra
         ]
 

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Mapping
 POWERS = tuple(0.05 * step for step in range(1, 161))  # p in (0, 8]
 
 
-def filled(curve: Mapping[float, float], wanted: Iterable[float]) -> dict[float, float]:
+def filled(curve: Mapping[float, float], shares: Iterable[float]) -> dict[float, float]:
     """The measured losses, and fitted ones at the `wanted` shares that were not measured.
 
     Needs the loss at 1 (the dense module) and at two other shares to fit; with fewer, or if all are
     there, only what was measured comes back (`KeyError` for the caller who then asks for more).
     """
-    missing = [share for share in wanted if share not in curve]
+    missing = [share for share in shares if share not in curve]
     if not missing or 1.0 not in curve or len(curve) < 3:
         return dict(curve)
     scale, power = fit(curve)

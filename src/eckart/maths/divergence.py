@@ -54,9 +54,9 @@ class Reference:
     log_sum: Tensor
 
 
-def from_log_probabilities(expected: Tensor, found: Tensor) -> Tensor:
-    """`KL(expected || found)` of each token, `[...]`, from log-probabilities `[..., vocabulary]`; differentiable."""
-    return torch.nn.functional.kl_div(found, expected, reduction="none", log_target=True).sum(-1)
+def from_log_probabilities(expected: Tensor, candidate: Tensor) -> Tensor:
+    """`KL(expected || candidate)` of each token `[...]`, from log-probabilities `[..., vocabulary]`; differentiable."""
+    return torch.nn.functional.kl_div(candidate, expected, reduction="none", log_target=True).sum(-1)
 
 
 def reference(head: Head, state: Tensor) -> Reference:
@@ -71,25 +71,25 @@ def reference(head: Head, state: Tensor) -> Reference:
     return Reference(state.double(), expected / total[:, None], shift, total.log())
 
 
-def divergence(head: Head, known: Reference, state: Tensor) -> Tensor:
+def divergence(head: Head, against: Reference, state: Tensor) -> Tensor:
     """`KL(reference || candidate)` of each token, `[tokens]`, nats, float64; `state` is `[tokens, width]`."""
-    first = ((known.state - state.double()) * known.expected).sum(-1)
-    found = first + _log_sum(head, state, known.shift) - known.log_sum
-    return _small_divergence(head, known, state, -first, found) if found.mean() < SMALL else found
+    first = ((against.state - state.double()) * against.expected).sum(-1)
+    kl = first + _log_sum(head, state, against.shift) - against.log_sum
+    return _small_divergence(head, against, state, -first, kl) if kl.mean() < SMALL else kl
 
 
-def _small_divergence(head: Head, known: Reference, state: Tensor, mean: Tensor, rough: Tensor) -> Tensor:
+def _small_divergence(head: Head, against: Reference, state: Tensor, mean: Tensor, rough: Tensor) -> Tensor:
     """The second form above, with the differences shifted by their `mean` `[tokens]`; `rough` where it overflows."""
-    step, shift = state.double() - known.state, known.shift + known.log_sum.to(known.shift.dtype)
+    step, shift = state.double() - against.state, against.shift + against.log_sum.to(against.shift.dtype)
     excess, growth = torch.zeros_like(rough), torch.zeros_like(rough)
     for weight, bias in head.slices(len(state)):
-        weights = _shifted(known.state, shift, weight, bias).exp_()
+        weights = _shifted(against.state, shift, weight, bias).exp_()
         change = _shifted(step, mean.to(weight.dtype), weight, 0.0)
         grown = change.expm1()
         growth += (weights * grown).sum(-1)
         excess += grown.sub_(change).mul_(weights).sum(-1)
-    found = excess + growth.log1p() - growth
-    return torch.where(torch.isfinite(found), found, rough)
+    kl = excess + growth.log1p() - growth
+    return torch.where(torch.isfinite(kl), kl, rough)
 
 
 def _shifted(state: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | float) -> Tensor:
@@ -102,11 +102,11 @@ def _log_sum(head: Head, state: Tensor, shift: Tensor) -> Tensor:
     sums = torch.zeros(len(state), dtype=torch.float64, device=state.device)
     for weight, bias in head.slices(len(state)):
         sums += _shifted(state, shift, weight, bias).exp_().sum(-1)
-    found = sums.log()
+    logs = sums.log()
     far = ~((sums > 1 / SAFE) & (sums < SAFE))
     if far.any():
-        found[far] = _log_sum_exp(head, state[far]).double() - shift[far]
-    return found
+        logs[far] = _log_sum_exp(head, state[far]).double() - shift[far]
+    return logs
 
 
 def _log_sum_exp(head: Head, state: Tensor) -> Tensor:

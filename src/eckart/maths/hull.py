@@ -71,10 +71,10 @@ def spend(curves: Sequence[Curve], allowance: int) -> list[int] | None:
         owners.append(np.full(len(step), number))
     order = np.argsort(-np.concatenate(prices), kind="stable")
     spent = np.concatenate(steps)[order].cumsum()
-    taken = int(np.searchsorted(spent, left, side="right"))  # the water level
-    for number, count in enumerate(np.bincount(np.concatenate(owners)[order][:taken], minlength=len(curves))):
+    level = int(np.searchsorted(spent, left, side="right"))  # the water level
+    for number, count in enumerate(np.bincount(np.concatenate(owners)[order][:level], minlength=len(curves))):
         chosen[number] = int(hulls[number][count])
-    left -= int(spent[taken - 1]) if taken else 0
+    left -= int(spent[level - 1]) if level else 0
     _spend_rest(curves, chosen, left)
     return chosen
 
