@@ -96,7 +96,7 @@ def test_figures_are_those_of_the_clock():
     subjects = {"compressed": Clocked(clock, 2.0, 0.25), "dense": Clocked(clock, 3.0, 0.2)}
     ids = torch.zeros((4, 10), dtype=torch.long)
     timed = speed._in_turns(subjects, ids, 5, 3, lambda: clock[0])
-    work = {"compressed": speed_limits.Work(50, 800, 0, 1), "dense": speed_limits.Work(100, 1000, 0, 1)}
+    work = {"compressed": speed_limits.Cost(50, 800, 0, 1), "dense": speed_limits.Cost(100, 1000, 0, 1)}
     row = speed._row(timed, work, 4, 10, 5)
     assert row["prefill"]["speedup"] == pytest.approx(1.5)
     assert row["prefill"]["limit"] == pytest.approx(2.0)

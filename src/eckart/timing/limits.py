@@ -37,9 +37,12 @@ PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "_attention", "gemm", "gemv"
 
 
 @dataclass(frozen=True)
-class Work:
-    """Of one model: `macs` of a prompt (one sequence), `weight_bytes` read at each step, `cache_bytes` for one
-    token of one sequence, `head_bytes` of the part of `weight_bytes` that is the output embedding."""
+class Cost:
+    """What it takes to run one model.
+
+    `macs` are the multiply-adds of a prompt (one sequence), `weight_bytes` the bytes of weights read at each step,
+    `head_bytes` the part of these that is the output embedding, `cache_bytes` those of one token of one sequence.
+    """
 
     macs: int
     weight_bytes: int
@@ -51,23 +54,23 @@ class Work:
         return self.weight_bytes + batch * length * self.cache_bytes
 
 
-def count(model: "PreTrainedModel", prompt: int, *, only_last: bool, weight_itemsize: int | None = None) -> Work:
+def count(model: "PreTrainedModel", prompt: int, *, only_last: bool, weight_itemsize: int | None = None) -> Cost:
     """Count by running the prompt once. `weight_itemsize` 1 for a graph with 8-bit weights, None as stored.
 
     `only_last`: the head runs for the last position only, as in `generate`.
     """
     ids = torch.zeros((1, prompt), dtype=torch.long, device=model.device)
-    keep = {"logits_to_keep": 1} if only_last else {}
+    options = {"logits_to_keep": 1} if only_last else {}
     # The counter does not know the CPU's fused attention; as plain products it does.
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        cache = kv_cache.of(model(input_ids=ids, use_cache=True, **keep))
+        cache = kv_cache.of(model(input_ids=ids, use_cache=True, **options))
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     shared = head is not None and head.weight.data_ptr() == table.weight.data_ptr()
     unread = set() if shared else {id(table.weight)}
     weights = sum(_size(p, weight_itemsize) for p in model.parameters() if id(p) not in unread)
     indices = sum(b.nbytes for m in model.modules() if is_factorized(m) for b in m.buffers(recurse=False))
     cached = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values)) // prompt
-    return Work(
+    return Cost(
         macs=counter.get_total_flops() // 2,
         weight_bytes=weights + indices,
         head_bytes=0 if head is None else _size(head.weight, weight_itemsize),
@@ -95,7 +98,7 @@ def product_share(run: Callable[[], object], device: str) -> float:
 
 
 def with_rest(limit: float, share: float) -> float:
-    """The limit of a run of which only `share` gets faster."""
+    """The limit of a run of which only the part `share` gets faster (Amdahl's law)."""
     return 1 / (1 - share + share / limit)
 
 
@@ -104,7 +107,7 @@ def tile(device: str, dtype: str) -> int:
     return 64 if device.startswith("cuda") else {"float32": 16, "bfloat16": 32, "float16": 32}.get(dtype, 32)
 
 
-def reasons(model: "PreTrainedModel", work: Work, device: str, dtype: str) -> list[str]:
+def reasons(model: "PreTrainedModel", cost: Cost, device: str, dtype: str) -> list[str]:
     """What holds the model back, in words, from its structure alone."""
     specs = hf.specs_of(model)
     if not specs:
@@ -112,22 +115,26 @@ def reasons(model: "PreTrainedModel", work: Work, device: str, dtype: str) -> li
     multiple = tile(device, dtype)
     odd = sum(spec["rank"] % multiple != 0 for spec in specs.values())
     gathers = sum(storages.find(spec["storage"]).reorders for spec in specs.values())
-    found = [f"{len(specs)} layers run two products where the dense model runs one; with few tokens each has a cost of "
-             f"its own, whatever its size."]  # fmt: skip
+    sentences = [
+        f"{len(specs)} layers run two products where the dense model runs one; with few tokens each has a cost of "
+        f"its own, whatever its size."
+    ]
     if gathers:
-        found.append(f"{gathers} of them also move their inputs or outputs into order (storage pivoted or columns).")
+        sentences.append(
+            f"{gathers} of them also move their inputs or outputs into order (storage pivoted or columns)."
+        )
     if odd:
-        found.append(
+        sentences.append(
             f"{odd} of {len(specs)} ranks are not multiples of {multiple}, the tile of {dtype} on {device}: compress "
             f"with --rank-multiple {multiple}."
         )
-    if work.head_bytes:
-        found.append(
-            f"The output embedding, which is not compressed, is {work.head_bytes / work.weight_bytes:.0%} of the bytes "
+    if cost.head_bytes:
+        sentences.append(
+            f"The output embedding, which is not compressed, is {cost.head_bytes / cost.weight_bytes:.0%} of the bytes "
             f"read for each token."
         )
-    return found
+    return sentences
 
 
-def to_dict(work: Work) -> dict[str, Any]:
-    return {name: getattr(work, name) for name in ("macs", "weight_bytes", "head_bytes", "cache_bytes")}
+def to_dict(cost: Cost) -> dict[str, Any]:
+    return {name: getattr(cost, name) for name in ("macs", "weight_bytes", "head_bytes", "cache_bytes")}

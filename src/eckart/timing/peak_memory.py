@@ -21,10 +21,10 @@ def peak_memory(model: str, dtype: str, threads: int, batch: int, prompt: int, s
     if not STATUS.exists():
         return None
     command = [sys.executable, "-W", "ignore", "-m", "eckart.timing.peak_memory", model, dtype]
-    given = [str(number) for number in (threads, batch, prompt, steps)]
-    done = subprocess.run([*command, *given], capture_output=True, text=True, check=True)
-    found: int = json.loads(done.stdout.splitlines()[-1])["bytes"]
-    return found
+    arguments = [str(number) for number in (threads, batch, prompt, steps)]
+    process = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True)
+    peak: int = json.loads(process.stdout.splitlines()[-1])["bytes"]
+    return peak
 
 
 def _high_water() -> int:

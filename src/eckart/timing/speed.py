@@ -20,7 +20,7 @@ from eckart.support.extras import require
 from eckart.support.versions import versions
 from eckart.timing import limits as speed_limits
 from eckart.timing import subjects as speed_subjects
-from eckart.timing.limits import Work
+from eckart.timing.limits import Cost
 from eckart.timing.peak_memory import peak_memory
 from eckart.timing.subjects import Subject
 
@@ -67,20 +67,20 @@ def bench(
     if int8:
         require("export", "bench with int8", "onnx", "onnxscript", "onnxruntime")
     names = {"compressed": str(model), "dense": str(against)}
-    with _threads(threads) as used, tempfile.TemporaryDirectory() as scratch:
-        works, dtype, why, vocabulary = _count(names, prompt, dtype, device, int8)
+    with _threads(threads) as thread_count, tempfile.TemporaryDirectory() as scratch:
+        costs, dtype, why, vocabulary = _count(names, prompt, dtype, device, int8)
         if int8:
             names = {key: _exported(name, Path(graphs or scratch) / key) for key, name in names.items()}
-        subjects = {key: speed_subjects.load(name, dtype, device, used) for key, name in names.items()}
+        subjects = {key: speed_subjects.load(name, dtype, device, thread_count) for key, name in names.items()}
         rows = []
         for number, batch in enumerate(batches):
             progress("bench", number, len(batches))
             ids = speed_subjects.prompt_ids(vocabulary, batch, prompt, device)
-            timed = _in_turns(subjects, ids, steps, repeats, _clock(device))
+            seconds = _in_turns(subjects, ids, steps, repeats, _clock(device))
             shares = None if int8 else _product_shares(subjects["dense"], ids, device)
-            rows.append(_row(timed, works, batch, prompt, steps, shares))
+            rows.append(_row(seconds, costs, batch, prompt, steps, shares))
         progress("bench", len(batches), len(batches))
-        peak = _peaks(names, subjects, dtype, device, used, (max(batches), prompt, 2)) if memory else {}
+        peak = _peaks(names, subjects, dtype, device, thread_count, (max(batches), prompt, 2)) if memory else {}
     slow = [f"{phase} at batch {row['batch']}" for row in rows for phase in ("prefill", "decode")
             if row[phase]["speedup"] < 1]  # fmt: skip
     return {
@@ -92,11 +92,11 @@ def bench(
         "dtype": dtype,
         "device": device,
         "device_name": _device_name(device),
-        "threads": used,
+        "threads": thread_count,
         "repeats": repeats,
         "rows": rows,
         "peak_bytes": peak,
-        "work": {key: speed_limits.to_dict(work) for key, work in works.items()},
+        "work": {key: speed_limits.to_dict(cost) for key, cost in costs.items()},
         "slower": slow,
         "reasons": why,
         "versions": versions(),
@@ -123,22 +123,22 @@ def _threads(threads: int | None) -> Iterator[int]:
 
 def _count(
     names: dict[str, str], prompt: int, dtype: str, device: str, int8: bool
-) -> tuple[dict[str, Work], str, list[str], int]:
-    """The work of both models, the computing dtype, what holds the compressed one back, the vocabulary's size."""
-    works, why, used = {}, [], dtypes.named(dtype)
+) -> tuple[dict[str, Cost], str, list[str], int]:
+    """What both models cost, the computing dtype, what holds the compressed one back, the vocabulary's size."""
+    costs, why, torch_dtype = {}, [], dtypes.named(dtype)
     vocabulary = 0
     for key, name in names.items():
         loaded = checkpoint.load_model(name, device=device)
         # Both in the dtype of the compressed one, which comes first.
-        used = used or (torch.float32 if int8 else dtypes.compute_dtype(loaded.dtype, loaded.device))
-        dtypes.cast_(loaded, used)
-        works[key] = speed_limits.count(loaded.eval(), prompt, only_last=not int8, weight_itemsize=1 if int8 else None)
+        torch_dtype = torch_dtype or (torch.float32 if int8 else dtypes.compute_dtype(loaded.dtype, loaded.device))
+        dtypes.cast_(loaded, torch_dtype)
+        costs[key] = speed_limits.count(loaded.eval(), prompt, only_last=not int8, weight_itemsize=1 if int8 else None)
         vocabulary = loaded.config.vocab_size
         if key == "compressed":
-            label = "int8" if int8 else str(used).removeprefix("torch.")
-            why = speed_limits.reasons(loaded, works[key], device, label)
-    assert used is not None
-    return works, str(used).removeprefix("torch."), why, vocabulary
+            label = "int8" if int8 else str(torch_dtype).removeprefix("torch.")
+            why = speed_limits.reasons(loaded, costs[key], device, label)
+    assert torch_dtype is not None
+    return costs, str(torch_dtype).removeprefix("torch."), why, vocabulary
 
 
 def _exported(name: str, out: Path) -> str:
@@ -148,7 +148,7 @@ def _exported(name: str, out: Path) -> str:
 
 
 def _clock(device: str) -> Callable[[], float]:
-    """The time, after everything that was asked of the device is done."""
+    """A clock that waits until the device has finished its work."""
 
     def now() -> float:
         if device.startswith("cuda"):
@@ -193,19 +193,19 @@ def _product_shares(dense: Subject, ids: torch.Tensor, device: str) -> tuple[flo
 
 
 def _row(
-    timed: tuple[Seconds, Seconds],
-    works: dict[str, Work],
+    seconds: tuple[Seconds, Seconds],
+    costs: dict[str, Cost],
     batch: int,
     prompt: int,
     steps: int,
     shares: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
-    prefill, decode = timed
+    prefill, decode = seconds
     middle = prompt + steps // 2
-    read = {key: work.decode_bytes(batch, middle) for key, work in works.items()}
+    bytes_read = {key: cost.decode_bytes(batch, middle) for key, cost in costs.items()}
     phases = {
-        "prefill": _phase(prefill, batch * prompt, works["dense"].macs / works["compressed"].macs),
-        "decode": _phase(decode, batch, read["dense"] / read["compressed"]),
+        "prefill": _phase(prefill, batch * prompt, costs["dense"].macs / costs["compressed"].macs),
+        "decode": _phase(decode, batch, bytes_read["dense"] / bytes_read["compressed"]),
     }
     for phase, share in zip(phases.values(), shares or (), strict=False):
         limit = speed_limits.with_rest(phase["limit"], share)
