@@ -1,7 +1,7 @@
 """How a model calls its blocks: captured from one real run of the model's own code, and never rebuilt.
 
-The arguments that a block gets besides its hidden states are masks, rotary embeddings and what else the model thinks
-of; since they are captured, no model is known by name.
+Besides hidden states a block gets masks, rotary embeddings and more. Because these arguments are captured, nothing
+here depends on the kind of model.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,10 +46,10 @@ def states_of(output: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Returned:
-    """What a block returns, as block 0 did: other hidden states can be put in the place of its own.
+    """The form in which blocks return hidden states, taken from block 0: `around(states)` gives other states that form.
 
     What else a block returns (biases of attention, caches) is handed on as block 0 gave it. A model that carries more
-    than hidden states from block to block is none that can be walked, which `eckart.model.walk.prove` finds out.
+    than hidden states from block to block cannot be walked; `eckart.model.walk.prove` finds that out.
     """
 
     output: Any = None
@@ -64,7 +64,7 @@ class Returned:
 
 @dataclass
 class Captured:
-    """What one run of the model showed.
+    """What was captured from one run of the model.
 
     `hidden[i]` `[batch, seq, width]` enters block 0 of batch i, which calls block b by `calls[i][b]`; `returned` is
     what a block returns.
@@ -83,9 +83,9 @@ def capture(model: nn.Module, blocks: Iterable[nn.Module], batches: Sequence[Ten
     a model that does not run every block once.
     """
     captured = Captured([], [], Returned())
-    seen, blocks = _Interned(), list(blocks)
+    interned, blocks = _Interned(), list(blocks)
     for batch in batches:
-        stand_in = _Capture(captured, seen, last=len(blocks) - 1)
+        stand_in = _Capture(captured, interned, last=len(blocks) - 1)
         with forwards_replaced(blocks, stand_in.fake), suppress(_Stop):
             model(input_ids=batch, use_cache=False)
         if len(stand_in.calls) != len(blocks):
@@ -100,8 +100,8 @@ def capture(model: nn.Module, blocks: Iterable[nn.Module], batches: Sequence[Ten
 class _Capture:
     """Stands in for the blocks during one batch's run: keeps each call and passes the hidden states on."""
 
-    def __init__(self, captured: Captured, seen: "_Interned", last: int) -> None:
-        self.captured, self.seen, self.last = captured, seen, last
+    def __init__(self, captured: Captured, interned: "_Interned", last: int) -> None:
+        self.captured, self.interned, self.last = captured, interned, last
         self.calls: list[Call] = []
 
     def fake(self, index: int, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,7 +113,7 @@ class _Capture:
                     self.captured.returned = Returned(real(*args, **kwargs))
                 self.captured.hidden.append(state)
             args, kwargs = (args, {**kwargs, HIDDEN: None}) if by_name else (args[1:], kwargs)
-            self.calls.append(Call(self.seen.share(args), self.seen.share(kwargs)))
+            self.calls.append(Call(self.interned.share(args), self.interned.share(kwargs)))
             if index == self.last:
                 raise _Stop
             return self.captured.returned.around(state)
@@ -146,8 +146,8 @@ class _Interned:
 
     def _one(self, tensor: Tensor) -> Tensor:
         same = self.by_shape.setdefault((tensor.shape, tensor.dtype, tensor.device), [])
-        for known in same:
-            if known is tensor or torch.equal(known, tensor):
-                return known
+        for twin in same:
+            if twin is tensor or torch.equal(twin, tensor):
+                return twin
         same.append(tensor)
         return tensor

@@ -20,7 +20,7 @@ from eckart.types import Skipped, Target
 
 @dataclass(frozen=True)
 class Layout:
-    """What was found: the blocks' path, the targets in model order, and all that is left alone.
+    """The path of the blocks, the targets in model order, and everything that is left alone.
 
     `parameters` counts every distinct parameter of the model once (tied weights once).
     """
@@ -35,7 +35,7 @@ class Layout:
         return [target for target in self.targets if target.block == index]
 
     def without(self, names: Collection[str], reason: str) -> "Layout":
-        """The layout with some targets left alone, and why."""
+        """The layout with some targets left alone, for this reason."""
         left = [Skipped(f"{t.name}.weight", t.parameters, reason) for t in self.targets if t.name in names]
         targets = tuple(target for target in self.targets if target.name not in names)
         return replace(self, targets=targets, skipped=(*self.skipped, *left))
@@ -122,13 +122,13 @@ def _unwanted(target: Target, include: Sequence[str], exclude: Sequence[str]) ->
 
 
 def _skipped(model: nn.Module, path: str, targets: Sequence[Target], reasons: dict[str, str]) -> tuple[Skipped, ...]:
-    taken = {f"{target.name}.weight" for target in targets}
+    target_names = {f"{target.name}.weight" for target in targets}
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     result = []
     for name, parameter in model.named_parameters():
-        if name in taken:
+        if name in target_names:
             continue
         shared = [other for other in names[id(parameter)] if other != name]
         reason = reasons.get(name) or _reason(model, name, parameter, path)

@@ -21,18 +21,18 @@ def factorize_group_(model: nn.Module, group: Group, factors: Factors) -> None:
 def factorized_layers(model: nn.Module, group: Group, factors: Factors) -> dict[str, nn.Module]:
     """Layers for the members of a group, by name, which share the basis; the model stays as it is.
 
-    Pairs, or pairs with preserved columns, whatever a plan says of their storage: refiners work on these, and
-    `store_` puts them into that storage.
+    Always pairs, with preserved columns if there are any, because refiners work on these; `store_` changes the
+    storage afterwards.
     """
     strips = factors.kept or (None,) * len(group.targets)
-    made = {
+    layers = {
         name: _layer(model, name, Pair(factors.basis, coefficients, None, factors.kept_index, strip))
         for name, coefficients, strip in zip(group.names, factors.coefficients, strips, strict=True)
     }
-    owner, *others = made.values()
+    owner, *others = layers.values()
     for other in others:
         share_basis_(owner, other)
-    return dict(made)
+    return dict(layers)
 
 
 def factorize_(
@@ -43,7 +43,7 @@ def factorize_(
     kept_index: Tensor | None = None,
     kept: Tensor | None = None,
 ) -> FactorizedLayer:
-    """Replace the linear layer `name` by its factors, keeping bias, device, dtype and mode; returns what is there now.
+    """Replace the linear layer `name` by its factors, keeping bias, device, dtype and mode; returns the new layer.
 
     `basis` is `[rank, in]`, `coefficients` `[out, rank]`; with preserved columns at `kept_index`
     `[kept]`, `kept` is `[out, kept]` and `basis` `[rank, in - kept]`. Raises `ValueError` for any other
@@ -55,26 +55,26 @@ def factorize_(
 
 
 def store_(model: nn.Module, name: str, storage: str, **choices: Any) -> nn.Module:
-    """Store the factorised layer `name` of a model in another way; returns the layer that is there now.
+    """Store the factorised layer `name` of a model in another way; returns the layer that is there afterwards.
 
     `choices` are the storage's own (pivoted: `pivots`). Raises `ValueError` when the layer cannot be stored so.
     """
     old = model.get_submodule(name)
     if not is_factorized(old):
         raise ValueError(f"{name}: is a {type(old).__name__}, not a factorised layer; there is nothing to store.")
-    present, wanted = find(old.spec()["storage"]), find(storage)
-    if present is wanted:
+    before, after = find(old.spec()["storage"]), find(storage)
+    if before is after:
         return old
-    if not (present.from_plain_pairs and wanted.from_plain_pairs):
+    if not (before.from_plain_pairs and after.from_plain_pairs):
         raise ValueError(f"{name}: preserved columns have a storage of their own, which is not changed.")
-    layer = _filled(old, *wanted.of_pair(present.to_pair(old), **choices))
+    layer = _filled(old, *after.of_pair(before.to_pair(old), **choices))
     swap_(model, name, layer)
     return layer
 
 
 @torch.no_grad()
 def _layer(model: nn.Module, name: str, pair: Pair) -> FactorizedLayer:
-    """A layer for the place `name`, with the bias that is there."""
+    """A factorised layer to replace `name`, with the bias of the layer that is there."""
     old = operator(model, name)
     out_features, in_features = old.shape
     basis, coefficients = pair.basis, pair.coefficients
@@ -91,7 +91,7 @@ def _layer(model: nn.Module, name: str, pair: Pair) -> FactorizedLayer:
 
 @torch.no_grad()
 def _filled(old: nn.Module, spec: dict[str, Any], tensors: dict[str, Tensor]) -> FactorizedLayer:
-    """A layer with this entry and these tensors for the place of an old one."""
+    """A layer with this entry and these tensors, to replace an old one."""
     new = empty_like(old, spec)
     new.load_state_dict(tensors)
     return new

@@ -1,7 +1,7 @@
 """Operators: a view of one linear map in a model, whatever holds it.
 
-Everything that reads, listens to or replaces a target goes through its operator, so that a linear map that is not a
-module with a weight of its own has one place to be taught.
+Everything that reads, listens to or replaces a target goes through its operator. So a new kind of linear map, one
+that is not a module with a weight of its own, needs a change here only.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,10 +44,10 @@ class Operator:
         return is_factorized(self.module)
 
     def listen(self, listener: Listener, *, own_input: bool = False) -> list[Any]:
-        """Let `listener` see every use; handles whose `remove()` ends it.
+        """Call `listener` at every use; returns handles whose `remove()` ends that.
 
-        With `own_input` the map is handed a view of its input that nothing else reads, so that the gradient there is
-        that of this map alone, `W^T g`.
+        With `own_input` the map gets a view of its input that nothing else reads, so that the gradient there is that
+        of this map alone, `W^T g`.
         """
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -61,7 +61,7 @@ class Operator:
         out_features, in_features = self.shape
         layer = nn.Linear(in_features, out_features, bias=False, device="meta")
         layer.weight = nn.Parameter(weight, requires_grad=False)
-        layer.bias = self.bias  # type: ignore[assignment]  # the very object: whoever trains it trains this one
+        layer.bias = self.bias  # type: ignore[assignment]  # the same object, so that training one trains the other
         return layer.train(self.module.training)
 
 

@@ -11,16 +11,16 @@ from eckart.types import Target
 
 
 class Recorder:
-    """Keeps the inputs and outputs of a block's targets; with `own_inputs` each reads a view of its own."""
+    """Records the inputs and outputs of a block's targets; with `own_inputs` each target reads a view of its own."""
 
     def __init__(self, block: nn.Module, targets: Sequence[Target], *, own_inputs: bool = False) -> None:
-        self.seen: list[tuple[Target, Tensor, Tensor]] = []
+        self.uses: list[tuple[Target, Tensor, Tensor]] = []
         self.handles: list[Any] = []
         for target in targets:
-            self.handles += operator(block, target.kind).listen(partial(self._keep, target), own_input=own_inputs)
+            self.handles += operator(block, target.kind).listen(partial(self._record, target), own_input=own_inputs)
 
-    def _keep(self, target: Target, x: Tensor, y: Tensor) -> None:
-        self.seen.append((target, x, y))
+    def _record(self, target: Target, x: Tensor, y: Tensor) -> None:
+        self.uses.append((target, x, y))
 
     def __enter__(self) -> "Recorder":
         return self
@@ -32,8 +32,8 @@ class Recorder:
     def by_input(self) -> list[tuple[Tensor, list[tuple[Target, Tensor]]]]:
         """The recorded calls, gathered by the identity of their input tensor, then forgotten."""
         sets: dict[tuple[object, ...], tuple[Tensor, list[tuple[Target, Tensor]]]] = {}
-        for target, x, y in self.seen:
+        for target, x, y in self.uses:
             key = (x.data_ptr(), x.shape, x.stride(), x._version)
             sets.setdefault(key, (x, []))[1].append((target, y))
-        self.seen = []
+        self.uses = []
         return list(sets.values())

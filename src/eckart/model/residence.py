@@ -1,7 +1,7 @@
-"""Residence: who holds the weights of the decoder blocks now, and gives a block when it is to run.
+"""Residence: where the weights of the decoder blocks are, and how to get a block when it is to run.
 
-The structure of a model is always in memory, and layers may be swapped in it at any time. Whether the weights of a
-block are at hand is another question: only inside `with residence.block(i) as block:` they are.
+The structure of a model is always in memory, and layers may be swapped in it at any time. The weights of a block are
+sure to be at hand only inside `with residence.block(i) as block:`.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from eckart.model.discovery import Layout
 
 
 class Residence(Protocol):
-    """The blocks of one model, from the first to the last. A block may be asked for again while it is given."""
+    """The blocks of one model, from the first to the last. A block may be entered again while it is in use."""
 
     name: str
 

@@ -1,4 +1,4 @@
-"""What is carried between blocks: hidden states, batch by batch, under the one roof that decides where they lie."""
+"""The hidden states that are carried between blocks, batch by batch; this class alone decides where they are kept."""
 
 from collections.abc import Iterable, Iterator
 
@@ -8,8 +8,8 @@ from torch import Tensor
 class Store:
     """The states of some batches, each `[batch, seq, width]`, to be read and replaced one at a time.
 
-    In memory, on the device where they were made. A copy shares the tensors: to replace one in a copy changes
-    nothing in the other.
+    In memory, on the device where they were computed. A copy shares the tensors, but a tensor that is replaced in the
+    copy stays as it was in the original.
     """
 
     def __init__(self, states: Iterable[Tensor]) -> None:

@@ -4,7 +4,7 @@
     for at in walk(residence, stream):
         ...                                # block `at.index` is at hand; what the caller does not move, the walk does
 
-This is the one loop over blocks. It asks the residence for each block, so that whoever walks need not know where the
+This is the one loop over blocks. It asks the residence for each block, so that callers need not know where the
 weights are. A stream holds the states that enter its next block; streams with other states of the same batches
 (what a compressed model has there, what a candidate plan has) walk side by side.
 """
@@ -25,7 +25,7 @@ from eckart.portable.linear import swap_
 from eckart.progress import Progress, silent, track
 
 BATCH_TOKENS = 2048  # in a batch: enough for products at full speed, few enough to keep activations small
-TOLERANCE = 1e-3  # of the largest logit: what two orders of the same products may differ by, in half precision too
+TOLERANCE = 1e-3  # of the largest logit: what rounding may change when products run in another order
 
 
 @dataclass
@@ -62,7 +62,7 @@ class At:
     def run(self, stream: Stream, batch: int, state: Tensor | None = None, block: Any = None) -> Tensor:
         """The block's output `[batch, seq, width]` for one batch of a stream; the stream stays where it is.
 
-        `state` in the place of the stream's own, `block` for what stands in for the block.
+        `state` replaces the stream's own; `block` stands in for the block.
         """
         entering = stream.states[batch] if state is None else state
         return stream.calls[batch][self.index].run(block or self.block, entering)
@@ -96,8 +96,8 @@ def walk(
 ) -> Iterator[At]:
     """Yield one block after another, from `first` on, or from the last to the first.
 
-    Forward, every stream that stands before the block when the caller comes back is moved past it. `stage` names what
-    runs for whoever listens. Gradients flow as the caller says.
+    In a forward walk, every stream that is still before the block when the caller asks for the next one is moved past
+    it. `stage` is the name that `progress` gets. Gradients flow if the caller has enabled them.
     """
     order = range(len(residence) - 1, first - 1, -1) if backward else range(first, len(residence))
     for index in track(order, stage, len(order), progress if stage else silent):
@@ -170,10 +170,10 @@ def prove(model: nn.Module, residence: Residence, ids: Tensor) -> None:
     ids = ids[None].to(residence.device)
     expected = model(input_ids=ids, use_cache=False)
     stream = pass_blocks(residence, open_stream(model, residence, [ids]))
-    found = run_tail(model, residence, stream, 0)
+    actual = run_tail(model, residence, stream, 0)
     if not hasattr(expected, "logits"):
         raise ModelError(f"{type(model).__name__}: gives no logits of a next token, so its losses cannot be measured.")
-    gap = (found.logits - expected.logits).float().abs().max()
+    gap = (actual.logits - expected.logits).float().abs().max()
     scale = expected.logits.float().abs().max()
     if not gap <= TOLERANCE * scale.clamp(min=1e-30) and torch.isfinite(scale):
         raise ModelError(

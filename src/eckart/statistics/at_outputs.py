@@ -46,9 +46,9 @@ class Backward:
 
 def check_labels(needs: frozenset[Need]) -> None:
     """Raise `ValueError` for needs that want different labels: each kind takes a backward run of its own."""
-    wanted = needs & GRADIENT_NEEDS
-    if not wanted <= TRUE_LABEL_NEEDS and len(wanted) > 1:
-        raise ValueError(f"{', '.join(sorted(wanted))}: their labels cannot both be in one sweep; sweep twice.")
+    labels = needs & GRADIENT_NEEDS
+    if not labels <= TRUE_LABEL_NEEDS and len(labels) > 1:
+        raise ValueError(f"{', '.join(sorted(labels))}: their labels cannot both be in one sweep; sweep twice.")
 
 
 def loss_gradients(
@@ -107,8 +107,8 @@ def mix(probabilities: Tensor, signs: Tensor) -> Tensor:
 def sample(probabilities: Tensor, draws: Tensor) -> Tensor:
     """The label at each draw in [0, 1) `[seq]` of the distribution `[seq, vocabulary]`: the inverse of its sums."""
     sums = probabilities.cumsum(-1)
-    found = torch.searchsorted(sums, draws[:, None].to(sums.dtype) * sums[:, -1:], right=True)
-    return found[:, 0].clamp(max=probabilities.shape[-1] - 1)
+    labels = torch.searchsorted(sums, draws[:, None].to(sums.dtype) * sums[:, -1:], right=True)
+    return labels[:, 0].clamp(max=probabilities.shape[-1] - 1)
 
 
 def backward_block(
@@ -125,12 +125,12 @@ def backward_block(
         entrance = entrance.detach().requires_grad_()
         with Recorder(block, targets, own_inputs=True) as recorder, torch.enable_grad():
             output = call.run(block, entrance)
-            seen = recorder.seen
-            tall = [x for target, x, _ in seen if needs & GRADIENT_GRAM_NEEDS and _is_tall(target)]
-            wanted = [entrance, *(y for _, _, y in seen), *tall]
-            gradients[index], *found = torch.autograd.grad(output, wanted, gradients[index])
-        at_inputs = iter(found[len(seen) :])
-        for (target, x, _), gradient in zip(seen, found[: len(seen)], strict=True):
+            uses = recorder.uses
+            tall = [x for target, x, _ in uses if needs & GRADIENT_GRAM_NEEDS and _is_tall(target)]
+            tensors = [entrance, *(y for _, _, y in uses), *tall]
+            gradients[index], *inner_gradients = torch.autograd.grad(output, tensors, gradients[index])
+        at_inputs = iter(inner_gradients[len(uses) :])
+        for (target, x, _), gradient in zip(uses, inner_gradients[: len(uses)], strict=True):
             statistics, windows = result[target.name], len(entrance)
             if needs & GRADIENT_GRAM_NEEDS:
                 pulled = next(at_inputs) if _is_tall(target) else None

@@ -157,9 +157,9 @@ class Statistics:
 
     @property
     def grams(self) -> list[Gram]:
-        """Those that were collected."""
-        known = (self.input_gram, self.output_gram, self.gradient_gram, self.pulled_gradient_gram)
-        return [gram for gram in known if gram is not None]
+        """The Grams that were collected."""
+        grams = (self.input_gram, self.output_gram, self.gradient_gram, self.pulled_gradient_gram)
+        return [gram for gram in grams if gram is not None]
 
 
 def mark_three_quarters(collected: Iterable[Statistics], done: int, total: int) -> None:
@@ -178,9 +178,9 @@ class GroupStatistics:
     @property
     def drift(self) -> float | None:
         """The most that a Gram of a member moved over the last quarter of the batches; None if that is unknown."""
-        moved = [gram.drift for member in self.members for gram in member.grams]
-        known = [drift for drift in moved if drift is not None]
-        return max(known) if known else None
+        of_grams = [gram.drift for member in self.members for gram in member.grams]
+        drifts = [drift for drift in of_grams if drift is not None]
+        return max(drifts) if drifts else None
 
     @property
     def early_and_late(self) -> "tuple[GroupStatistics, GroupStatistics] | None":

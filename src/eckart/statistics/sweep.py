@@ -49,8 +49,8 @@ def sweep(
     needs = frozenset(needs)
     check_labels(needs)
     if needs & GRADIENT_NEEDS:
-        how = {"batch_tokens": batch_tokens, "seed": seed}
-        for here in backward(model, layout, windows, needs, **how, progress=progress):
+        options = {"batch_tokens": batch_tokens, "seed": seed}
+        for here in backward(model, layout, windows, needs, **options, progress=progress):
             yield backward_block(here.block, layout.in_block(here.index), here, needs, whole_gram)
         return
     residence = residence_of(model, layout)
