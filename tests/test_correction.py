@@ -68,7 +68,7 @@ def test_factors_of_kinds_are_recovered_with_one_probe_each():
     found = measure_correction(spectra, entries, "cheap", measure)
     assert len(asked) == len(KINDS) + 1
     for spectrum in spectra:
-        assert found.factors[spectrum.group.name] == pytest.approx(KINDS[spectrum.group.kind])
+        assert found.multipliers[spectrum.group.name] == pytest.approx(KINDS[spectrum.group.kind])
     assert found.together == pytest.approx(1.3)
     corrected = found.apply(spectra)
     predicted = sum(s.loss(e.rank) for s, e in zip(corrected, entries, strict=True))
@@ -98,7 +98,7 @@ def test_a_part_that_is_all_dense_keeps_its_prediction():
     spectra, entries = ten_blocks()
     entries = [Entry(e.targets, None) if s.group.kind == "v" else e for s, e in zip(spectra, entries, strict=True)]
     found = measure_correction(spectra, entries, "cheap", truth(spectra, entries, lambda group: KINDS[group.kind]))
-    assert {found.factors[s.group.name] for s in spectra if s.group.kind == "v"} == {1.0}
+    assert {found.multipliers[s.group.name] for s in spectra if s.group.kind == "v"} == {1.0}
 
 
 def kl_of(folder, out, windows):
@@ -116,11 +116,11 @@ def test_what_is_reported_is_the_kl_of_the_saved_model_on_text_that_was_not_cali
 ):
     made = eckart.compress(folder, keep=0.6, out=tmp_path / "out", options=extra, **options)
     read = load_windows(str(tmp_path / "text.txt"), tiny_tokenizer(), windows=16, length=24, spare=8)
-    assert not {tuple(row) for row in read.spare.tolist()} & {tuple(row) for row in read.ids.tolist()}
+    assert not {tuple(row) for row in read.unseen.tolist()} & {tuple(row) for row in read.ids.tolist()}
     told = checkpoint.read_provenance(tmp_path / "out")["kl"]
     assert told["unseen"] is True
-    assert (told["windows"], told["length"]) == read.spare.shape
-    assert told["measured"] == pytest.approx(kl_of(folder, tmp_path / "out", read.spare), rel=1e-3)
+    assert (told["windows"], told["length"]) == read.unseen.shape
+    assert told["measured"] == pytest.approx(kl_of(folder, tmp_path / "out", read.unseen), rel=1e-3)
     assert told["predicted"] == made.plan.reached["predicted_kl"]
     if not extra:
         assert 1 / 1.5 < told["predicted"] / told["measured"] < 1.5

@@ -76,7 +76,7 @@ class Factorizer(ABC):
         """Predicted loss, in nats per token, of one unit of squared error; `None` if the metric cannot say."""
         return None
 
-    def resting(self) -> "Factorizer":
+    def plain(self) -> "Factorizer":
         """The plain factorizer whose cuts are measured for this one; most are plain themselves."""
         return self
 

@@ -60,7 +60,7 @@ class ColumnPreserving(Factorizer):
         assert side.gram is not None
         return ColumnDecomposition(self, plain, side.gram)
 
-    def resting(self) -> Factorizer:
+    def plain(self) -> Factorizer:
         return SVDLLM(self.damping)
 
 
@@ -116,10 +116,10 @@ class ColumnDecomposition(GroupDecomposition):
             return super().truncate(rank)
         order = self._order(self._plain_rank(rank, kept))
         weight = self.decomposition.weight
-        made = split(weight, self.gram, order[:kept], rank, self.method.compensated)
+        pieces = split(weight, self.gram, order[:kept], rank, self.method.compensated)
         sizes = [target.out_features for target in self.group.targets]
         return Factors(
-            made.basis, torch.split(made.coefficients, sizes), made.kept_index, torch.split(made.kept, sizes)
+            pieces.basis, torch.split(pieces.coefficients, sizes), pieces.kept_index, torch.split(pieces.kept, sizes)
         )
 
     def _plain_rank(self, rank: int, kept: int) -> int:

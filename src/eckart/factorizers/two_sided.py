@@ -46,9 +46,9 @@ class TwoSided(Factorizer):
     def __post_init__(self) -> None:
         if not 0 <= self.input_shrinkage < 1:
             raise OptionError(f"two_sided.input_shrinkage is {self.input_shrinkage:g}, but must lie in [0, 1).")
-        given = self.gradient_shrinkage
-        if given != "auto" and (isinstance(given, str) or not 0 <= given < 1):
-            raise OptionError(f'two_sided.gradient_shrinkage is {given!r}, but must lie in [0, 1) or be "auto".')
+        shrinkage = self.gradient_shrinkage
+        if shrinkage != "auto" and (isinstance(shrinkage, str) or not 0 <= shrinkage < 1):
+            raise OptionError(f'two_sided.gradient_shrinkage is {shrinkage!r}, but must lie in [0, 1) or be "auto".')
 
     @property
     def needs(self) -> tuple[Need, ...]:  # type: ignore[override]
@@ -60,13 +60,14 @@ class TwoSided(Factorizer):
             return super().decompose(group, weights, statistics)
         losses = self._held_out_losses(group, torch.cat(list(weights)), statistics)
         chosen = min(losses, key=losses.__getitem__) if losses else CANDIDATES[0]
-        made = replace(self, gradient_shrinkage=chosen).decompose(group, weights, statistics)
-        made.details["gradient_shrinkage"] = chosen
+        decomposition = replace(self, gradient_shrinkage=chosen).decompose(group, weights, statistics)
+        decomposition.details["gradient_shrinkage"] = chosen
         if losses:
-            made.details["held_out_loss"] = {f"{a:g}": float(f"{loss:.6g}") for a, loss in losses.items()}
+            decomposition.details["held_out_loss"] = {f"{a:g}": float(f"{loss:.6g}") for a, loss in losses.items()}
         else:
-            made.note = f"gradient_shrinkage=auto needs two batches of calibration text or more; taking {chosen:g}"
-        return made
+            need = "gradient_shrinkage=auto needs two batches of calibration text or more"
+            decomposition.note = f"{need}; taking {chosen:g}"
+        return decomposition
 
     def _held_out_losses(self, group: Group, weight: Tensor, statistics: GroupStatistics) -> dict[float, float]:
         """What each candidate's cuts lose on the last quarter, in nats per token; nothing if no quarter is known."""

@@ -16,26 +16,26 @@ from eckart.types import Entry, Level, Part, Spectrum
 
 RUNS = 32  # of blocks at most, with "full": the blocks themselves in a model that has no more
 LEAST = 1e-9  # nats per token: a smaller prediction cannot be compared with a measurement
-ROUNDS = 4  # of fitting factors of kinds and of runs of blocks together
+ROUNDS = 4  # of fitting the multipliers of kinds and of runs of blocks together
 ADJUSTMENTS = 5  # at most, to a bound on the KL
 AIM, CLOSE = 0.98, 0.95  # what is aimed at, and what is close enough, in parts of the bound
 
 
 @dataclass(frozen=True)
 class Correction:
-    """`factors[group name]` multiplies the group's predicted loss; `together` multiplies their sum.
+    """`multipliers[group name]` multiplies the group's predicted loss; `together` multiplies their sum.
 
     `measured` is the KL divergence in nats per token of the plan that was probed, as a whole.
     """
 
-    factors: Mapping[str, float]
+    multipliers: Mapping[str, float]
     together: float
     measured: float
 
     def apply(self, spectra: Sequence[Spectrum]) -> list[Spectrum]:
         """The spectra with corrected losses, whose sum is the corrected prediction."""
         return [
-            s if s.nats is None else replace(s, nats=s.nats * self.factors[s.group.name] * self.together)
+            s if s.nats is None else replace(s, nats=s.nats * self.multipliers[s.group.name] * self.together)
             for s in spectra
         ]
 
@@ -50,21 +50,21 @@ def measure_correction(
     level: Level,
     measure: Callable[[Sequence[Part]], list[float]],
 ) -> Correction:
-    """Fit the factors of a plan; `measure(parts)` says what each part of it costs in KL, nats per token.
+    """Fit the multipliers of a plan; `measure(parts)` says what each part of it costs in KL, nats per token.
 
     The parts are names of groups: each kind of matrix, with "full" each of `RUNS` runs of blocks, and last the whole.
     """
     predicted = {s.group.name: s.loss(e.rank) or 0.0 for s, e in zip(spectra, entries, strict=True)}
     parts = [*_by_kind(spectra), *(_by_run_of_blocks(spectra) if level == "full" else [])]
     probed = [members for members in parts if sum(predicted[name] for name in members) > LEAST]
-    *measured, whole = [max(found, LEAST) for found in measure([*probed, list(predicted)])]
-    factors = dict.fromkeys(predicted, 1.0)
+    *measured, whole = [max(kl, LEAST) for kl in measure([*probed, list(predicted)])]
+    multipliers = dict.fromkeys(predicted, 1.0)
     for _ in range(ROUNDS if level == "full" else 1):
-        for members, found in zip(probed, measured, strict=True):
-            ratio = found / sum(predicted[group] * factors[group] for group in members)
-            factors |= {group: factors[group] * ratio for group in members}
-    alone = sum(predicted[group] * factors[group] for group in predicted)
-    return Correction(factors, whole / max(alone, LEAST), whole)
+        for members, kl in zip(probed, measured, strict=True):
+            ratio = kl / sum(predicted[group] * multipliers[group] for group in members)
+            multipliers |= {group: multipliers[group] * ratio for group in members}
+    alone = sum(predicted[group] * multipliers[group] for group in predicted)
+    return Correction(multipliers, whole / max(alone, LEAST), whole)
 
 
 def corrected(
@@ -76,25 +76,25 @@ def corrected(
     measure: Callable[[Sequence[Part]], list[float]],
     kl: Callable[[Sequence[Entry]], float],
 ) -> Plan:
-    """The plan for a goal with corrected losses; it says what was predicted, and what was measured then.
+    """The plan for a goal, made with corrected losses; its `reached` has the predicted and the measured KL.
 
-    `first` is the plan without correction, whose parts `measure` measures; `answer` makes one with it, whose KL `kl`
-    measures. For a bound on the KL the correction is adjusted until the measured KL is within the bound and close
-    to it; raises `BudgetError` when no plan gets there.
+    `first` is the plan without correction. `answer(correction)` makes a plan, `measure(parts)` measures parts of
+    `first`, and `kl(entries)` a whole plan. For a bound on the KL the correction is adjusted until the measured KL
+    is within the bound and close to it; raises `BudgetError` when no plan gets there.
     """
     correction = measure_correction(spectra, first.entries, level, measure)
     met: Plan | None = None
     for _ in range(ADJUSTMENTS):
-        made = answer(correction)
-        predicted, measured = made.reached["predicted_kl"], kl(made.entries)
-        uncorrected = predicted_kl(spectra, made.entries)
-        made = replace(made, reached={**made.reached, "predicted_kl_uncorrected": uncorrected, "measured_kl": measured})
+        plan = answer(correction)
+        predicted, measured = plan.reached["predicted_kl"], kl(plan.entries)
+        uncorrected = predicted_kl(spectra, plan.entries)
+        plan = replace(plan, reached={**plan.reached, "predicted_kl_uncorrected": uncorrected, "measured_kl": measured})
         if goal.max_kl is None:
-            return made
+            return plan
         if measured <= goal.max_kl:
-            met = made if met is None or made.reached["keep"] < met.reached["keep"] else met
+            met = plan if met is None or plan.reached["keep"] < met.reached["keep"] else met
             if measured >= CLOSE * goal.max_kl:
-                return made
+                return plan
         correction = correction.rescaled(measured / AIM, predicted)
     if met is None:
         raise BudgetError(f"max_kl is {goal.max_kl:g}, but no plan was found that measures at most that; ask for more.")

@@ -30,23 +30,25 @@ class Decomposed(Mapping[str, GroupDecomposition]):
     `unreached` are the targets of the groups that have none, since no token of the calibration reached a member.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[Group], parts: Mapping[str, GroupDecomposition]) -> None:
-        self.model, self.groups = model, [group for group in groups if group.name in parts]
-        self._parts = {group.name: parts[group.name] for group in self.groups}
-        self.unreached = [name for group in groups if group.name not in parts for name in group.names]
+    def __init__(
+        self, model: nn.Module, groups: Sequence[Group], decompositions: Mapping[str, GroupDecomposition]
+    ) -> None:
+        self.model, self.groups = model, [group for group in groups if group.name in decompositions]
+        self._decompositions = {group.name: decompositions[group.name] for group in self.groups}
+        self.unreached = [name for group in groups if group.name not in decompositions for name in group.names]
 
     def __getitem__(self, name: str) -> GroupDecomposition:
-        return self._parts[name]
+        return self._decompositions[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._parts)
+        return iter(self._decompositions)
 
     def __len__(self) -> int:
-        return len(self._parts)
+        return len(self._decompositions)
 
     @property
     def spectra(self) -> list[Spectrum]:
-        return [part.spectrum for part in self._parts.values()]
+        return [decomposition.spectrum for decomposition in self._decompositions.values()]
 
     @property
     def predicts(self) -> bool:
@@ -56,11 +58,11 @@ class Decomposed(Mapping[str, GroupDecomposition]):
     @property
     def drift(self) -> dict[str, Any]:
         """How far the metric moved over the last quarter of the calibration: the median, and the most with its name."""
-        moved = {name: part.drift for name, part in self._parts.items() if part.drift is not None}
-        if not moved:
+        drifts = {name: item.drift for name, item in self._decompositions.items() if item.drift is not None}
+        if not drifts:
             return {}
-        most = max(moved, key=moved.__getitem__)
-        return {"median": median(moved.values()), "most": moved[most], "most_of": most}
+        most = max(drifts, key=drifts.__getitem__)
+        return {"median": median(drifts.values()), "most": drifts[most], "most_of": most}
 
     def settle(self, entries: Sequence[Entry]) -> list[Entry]:
         """Let the decompositions decide what the allocator left to them (preserved columns)."""
@@ -77,7 +79,7 @@ class Decomposed(Mapping[str, GroupDecomposition]):
 
     def drop(self, name: str) -> None:
         """Forget a decomposition, once its factors are in the model for good."""
-        del self._parts[name]
+        del self._decompositions[name]
 
 
 def decompose(
@@ -98,7 +100,7 @@ def decompose(
     decompositions are moved there as they are made. A group with a member that no token reached has no decomposition;
     raises `DataError` when that goes for all.
     """
-    done: dict[str, GroupDecomposition] = {}
+    decompositions: dict[str, GroupDecomposition] = {}
     waiting = list(groups)
     weights: dict[str, Tensor] = {}
     statistics: dict[str, Statistics] = {}
@@ -110,23 +112,24 @@ def decompose(
             members = GroupStatistics(tuple(statistics[name] for name in group.names) if factorizer.needs else ())
             if any(member.tokens == 0 for member in members.members):
                 continue
-            made = factorizer.decompose(group, [weights[name] for name in group.names], members)
-            made.drift = members.drift
-            made.close()
+            decomposition = factorizer.decompose(group, [weights[name] for name in group.names], members)
+            decomposition.drift = members.drift
+            decomposition.close()
             if spill is not None:
-                made.spill(spill)
-            done[group.name] = made
+                decomposition.spill(spill)
+            decompositions[group.name] = decomposition
         needed = {name for group in waiting for name in group.names}
         statistics = {name: value for name, value in statistics.items() if name in needed}
         weights = {name: value for name, value in weights.items() if name in needed}
-    if groups and not done:
+    if groups and not decompositions:
         raise DataError(
             f"no token of the calibration reached {groups[0].name}, nor any other layer to compress; calibrate on more "
             "text, or on text of the kind that the model is for."
         )
-    for note, count in Counter(made.note for made in done.values() if made.note).items():
-        log.warning("%s (%d of %d groups)", note, count, len(done))
-    return Decomposed(model, groups, done)
+    notes = Counter(decomposition.note for decomposition in decompositions.values() if decomposition.note)
+    for note, count in notes.items():
+        log.warning("%s (%d of %d groups)", note, count, len(decompositions))
+    return Decomposed(model, groups, decompositions)
 
 
 def _sweep(

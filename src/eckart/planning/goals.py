@@ -31,13 +31,13 @@ class Goal:
 
     @staticmethod
     def of(keep: float | None, size: int | str | None, max_kl: float | None) -> "Goal":
-        """Check what was asked; nothing at all means a share of 0.8. Raises `OptionError` for two goals."""
-        given = [n for n, v in (("keep", keep), ("size", size), ("max_kl", max_kl)) if v is not None]
-        if len(given) > 1:
-            raise OptionError(f"{' and '.join(given)} were both asked for, but a plan has one goal; give one of them.")
+        """Check the request; no goal at all means a share of 0.8. Raises `OptionError` for two goals."""
+        names = [n for n, v in (("keep", keep), ("size", size), ("max_kl", max_kl)) if v is not None]
+        if len(names) > 1:
+            raise OptionError(f"{' and '.join(names)} were both asked for, but a plan has one goal; give one of them.")
         if max_kl is not None and not max_kl > 0:
             raise OptionError(f"max_kl is {max_kl:g}, but must be a positive number of nats per token, such as 0.05.")
-        if not given:
+        if not names:
             keep = DEFAULT_KEEP
         return Goal(keep, None if size is None else parse_size(size), max_kl)
 
@@ -70,7 +70,7 @@ def meet(goal: Goal, plan_for: Callable[[float], Plan], parameters: int, overhea
                 f"size is {goal.size} bytes, but what is never compressed (embeddings, norms, head) takes "
                 f"{smallest + overhead}; ask for more."
             )
-        return _last(plan_for, lambda made: made.reached["model_bytes_kept"] <= room, everything, f"size {goal.size}")
+        return _last(plan_for, lambda plan: plan.reached["model_bytes_kept"] <= room, everything, f"size {goal.size}")
     most = goal.max_kl
     assert most is not None
     if "predicted_kl" not in everything.reached:
@@ -78,7 +78,7 @@ def meet(goal: Goal, plan_for: Callable[[float], Plan], parameters: int, overhea
             "max_kl needs a recipe that predicts the loss, one with factorizer two_sided; "
             "choose another recipe, or ask for keep or size."
         )
-    return _first(plan_for, lambda made: made.reached["predicted_kl"] <= most, everything)
+    return _first(plan_for, lambda plan: plan.reached["predicted_kl"] <= most, everything)
 
 
 def predicted_kl(spectra: Sequence[Spectrum], entries: Sequence[Entry]) -> float | None:
@@ -96,15 +96,15 @@ def _bytes_each(reached: Mapping[str, Any]) -> int:
 
 
 def _last(plan_for: Callable[[float], Plan], fits: Callable[[Plan], bool], everything: Plan, what: str) -> Plan:
-    """The plan of the largest share that fits, when more never fits better."""
+    """The plan of the largest share that fits, where a larger share never fits better."""
     if fits(everything):
         return everything
     low, high, best = 0.0, 1.0, None
     for _ in range(STEPS):
         middle = (low + high) / 2
-        made = _try(plan_for, middle)
-        if made is None or fits(made):
-            low, best = middle, made or best
+        plan = _try(plan_for, middle)
+        if plan is None or fits(plan):
+            low, best = middle, plan or best
         else:
             high = middle
     if best is None:
@@ -113,13 +113,13 @@ def _last(plan_for: Callable[[float], Plan], fits: Callable[[Plan], bool], every
 
 
 def _first(plan_for: Callable[[float], Plan], fits: Callable[[Plan], bool], everything: Plan) -> Plan:
-    """The plan of the smallest share that fits; everything dense always does."""
+    """The plan of the smallest share that fits; `everything`, which is all dense, always does."""
     low, high, best = 0.0, 1.0, everything
     for _ in range(STEPS):
         middle = (low + high) / 2
-        made = _try(plan_for, middle)
-        if made is not None and fits(made):
-            high, best = middle, made
+        plan = _try(plan_for, middle)
+        if plan is not None and fits(plan):
+            high, best = middle, plan
         else:
             low = middle
     return best

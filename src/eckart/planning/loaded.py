@@ -12,7 +12,7 @@ from eckart import ledger
 from eckart.checkpoints import checkpoint
 from eckart.errors import OptionError
 from eckart.ledger import Ledger
-from eckart.measuring.held_out import WINDOWS as SPARE
+from eckart.measuring.held_out import WINDOWS as UNSEEN
 from eckart.model.discovery import Layout, check_finite, discover
 from eckart.model.residence import residence_of
 from eckart.model.walk import prove
@@ -30,7 +30,7 @@ log = logging.getLogger("eckart.run")
 
 @dataclass
 class Loaded:
-    """A model that is to be compressed, in the dtype that it computes in; `source` is its name, if it has one."""
+    """A model that is to be compressed, in its computing dtype; `source` is its name, None for a model in memory."""
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
@@ -65,24 +65,24 @@ def load(
     with stages("load", counts=True):
         source = model if isinstance(model, str) else None
         if isinstance(model, str):
-            found = checkpoint.load_model(model, device=device)
+            dense = checkpoint.load_model(model, device=device)
             tokenizer = tokenizer or checkpoint.load_tokenizer(model)
         elif tokenizer is None:
             raise OptionError("a model in memory comes without its tokenizer; pass tokenizer=...")
         else:
-            found = model
-        stored = named or found.dtype
-        dtypes.cast_(found, dtypes.compute_dtype(stored, found.device))
-        found.eval()
-    layout = discover(found, include, exclude)
-    log.info("%s: %d targets in %s", type(found).__name__, len(layout.targets), layout.blocks)
-    check_finite(found, layout.targets)
-    return Loaded(found, tokenizer, layout, stored, source)
+            dense = model
+        stored = named or dense.dtype
+        dtypes.cast_(dense, dtypes.compute_dtype(stored, dense.device))
+        dense.eval()
+    layout = discover(dense, include, exclude)
+    log.info("%s: %d targets in %s", type(dense).__name__, len(layout.targets), layout.blocks)
+    check_finite(dense, layout.targets)
+    return Loaded(dense, tokenizer, layout, stored, source)
 
 
 @dataclass
 class Text:
-    """The text of a calibration, read when it is first asked for. `windows` says whether it was."""
+    """The text of a calibration, read on first use; `windows` is None until then."""
 
     calibration: Calibration
     loaded: Loaded
@@ -95,7 +95,7 @@ class Text:
             with self.stages("data"):
                 spec = asdict(self.calibration)
                 self.windows = data.load_windows(
-                    spec.pop("data"), self.loaded.tokenizer, model=self.loaded.model, spare=SPARE, **spec
+                    spec.pop("data"), self.loaded.tokenizer, model=self.loaded.model, spare=UNSEEN, **spec
                 )
                 data.check_length(self.windows, self.loaded.model)
                 prove(self.loaded.model, residence_of(self.loaded.model, self.loaded.layout), self.windows.ids[0])

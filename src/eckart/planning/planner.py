@@ -34,7 +34,7 @@ log = logging.getLogger("eckart.run")
 
 @dataclass
 class Planned:
-    """A plan and what it was made from. `held_out` knows what the dense model says, where the metric predicts that."""
+    """A plan and what it was made from. `held_out` measures the KL; it is None where the metric predicts none."""
 
     plan: Plan
     decomposed: Decomposed
@@ -74,29 +74,29 @@ def plan_from(
 ) -> Planned:
     """The same from the recipe's groups decomposed already: one calibration serves any number of goals."""
     held_out = hold_out(loaded, text, decomposed)
-    asked = _Asked(loaded, recipe, goal, rank_multiple, decomposed, stages)
+    task = _Task(loaded, recipe, goal, rank_multiple, decomposed, stages)
     allocator = recipe.make_allocator()
-    spectra = _observed(asked, text, allocator, work)
-    allocate = _allocation(asked, text, allocator, work)
+    spectra = _observed(task, text, allocator, work)
+    allocate = _allocation(task, text, allocator, work)
 
     def answer(correction: Correction | None) -> Plan:
-        return asked.meet(allocate, spectra if correction is None else correction.apply(spectra))
+        return task.meet(allocate, spectra if correction is None else correction.apply(spectra))
 
     plan, level = answer(None), allocator.correction_level()
     if held_out is not None and level != "off":
-        measure, kl = partial(_measure, asked, held_out, plan), partial(_kl, asked, held_out)
+        measure, kl = partial(_measure, task, held_out, plan), partial(_kl, task, held_out)
         plan = corrected(goal, plan, answer, spectra, level, measure, kl)
     return Planned(plan, decomposed, held_out, [summary(spectrum) for spectrum in spectra])
 
 
 def take_plan(
-    loaded: Loaded, text: Text, recipe: Recipe, given: Plan, *, spill: Path | None = None, stages: Stages
+    loaded: Loaded, text: Text, recipe: Recipe, plan: Plan, *, spill: Path | None = None, stages: Stages
 ) -> Planned:
     """Check a saved plan against the model and decompose what it factorises."""
-    groups, entries = resolve(given, loaded.layout.targets)
+    groups, entries = resolve(plan, loaded.layout.targets)
     cut = [group for group, entry in zip(groups, entries, strict=True) if entry.rank is not None]
     decomposed = decompose_for(loaded, text, recipe, cut, spill=spill, stages=stages)
-    settled = Plan(tuple(decomposed.settle(entries)), given.asked, {}, given.made_by)
+    settled = Plan(tuple(decomposed.settle(entries)), plan.asked, {}, plan.made_by)
     plan = replace(settled, reached=loaded.ledger(settled).to_dict())
     summaries = [summary(spectrum) for spectrum in decomposed.spectra]
     return Planned(plan, decomposed, hold_out(loaded, text, decomposed), summaries)
@@ -105,30 +105,32 @@ def take_plan(
 def decompose_for(
     loaded: Loaded, text: Text, recipe: Recipe, groups: Sequence[Group], *, spill: Path | None = None, stages: Stages
 ) -> Decomposed:
-    """Decompose the groups by the recipe's factorizer, on the text if that wants any.
+    """Decompose the groups by the recipe's factorizer, which reads the text only if it needs statistics.
 
     Targets that no token of the text reached leave the layout, with the reason.
     """
     factorizer = recipe.make_factorizer()
     ids = text.ids() if factorizer.needs and groups else None
     with stages("calibrate and decompose"):
-        made = decompose(loaded.model, loaded.layout, groups, factorizer, ids, spill=spill, progress=stages.progress)
-    if made.unreached:
-        log.warning("%s stay dense: no token of the calibration reached them", ", ".join(made.unreached))
-        loaded.layout = loaded.layout.without(made.unreached, "no token of the calibration reached it")
-    return made
+        decomposed = decompose(
+            loaded.model, loaded.layout, groups, factorizer, ids, spill=spill, progress=stages.progress
+        )
+    if decomposed.unreached:
+        log.warning("%s stay dense: no token of the calibration reached them", ", ".join(decomposed.unreached))
+        loaded.layout = loaded.layout.without(decomposed.unreached, "no token of the calibration reached it")
+    return decomposed
 
 
 def hold_out(loaded: Loaded, text: Text, decomposed: Decomposed) -> HeldOut | None:
-    """What the dense model says on a few windows, if the metric predicts the loss and text was read."""
+    """The dense model's predictions on a few windows; None if no text was read or the metric predicts no loss."""
     if not decomposed.predicts or text.windows is None:
         return None
     return HeldOut.of(loaded.model, loaded.layout, text.windows)
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What is asked of the decomposed groups."""
+class _Task:
+    """What is to be planned: a goal for the decomposed groups of a model, by a recipe."""
 
     loaded: Loaded
     recipe: Recipe
@@ -148,13 +150,13 @@ class _Asked:
         """The plan for a share, with what it reaches by the ledger and by the metric."""
         entries = allocate(spectra, Budget(keep, self.rank_multiple, self.recipe.storage))
         entries = self.decomposed.settle([with_figures(e, s) for e, s in zip(entries, spectra, strict=True)])
-        said = {**self.goal.to_dict(), "rank_multiple": self.rank_multiple}
-        made = Plan(tuple(entries), said, {}, self.recipe.to_dict())
-        reached, predicted = self.loaded.ledger(made), predicted_kl(spectra, entries)
+        goal = {**self.goal.to_dict(), "rank_multiple": self.rank_multiple}
+        plan = Plan(tuple(entries), goal, {}, self.recipe.to_dict())
+        reached, predicted = self.loaded.ledger(plan), predicted_kl(spectra, entries)
         if not allocate.may_exceed:
             ledger.assert_within(reached, keep)
         loss = {} if predicted is None else {"predicted_kl": predicted}
-        return replace(made, reached={**reached.to_dict(), **loss})
+        return replace(plan, reached={**reached.to_dict(), **loss})
 
 
 @dataclass(frozen=True)
@@ -168,64 +170,64 @@ class Allocate:
         return self.choose(spectra, budget)
 
 
-def _allocation(asked: _Asked, text: Text, allocator: Allocator, work: Path | None) -> Allocate:
+def _allocation(task: _Task, text: Text, allocator: Allocator, work: Path | None) -> Allocate:
     windows = allocator.probe_windows()
     choose = allocator.allocate
     if windows:
-        choose = partial(allocator.search, probe=_probe(asked, text, windows, work))
+        choose = partial(allocator.search, probe=_probe(task, text, windows, work))
     return Allocate(choose, allocator.may_exceed)
 
 
-def _observed(asked: _Asked, text: Text, allocator: Allocator, work: Path | None) -> list[Spectrum]:
-    """The spectra, with what the allocator wants to see measured near the share that the goal leads to."""
-    spectra = asked.decomposed.spectra
+def _observed(task: _Task, text: Text, allocator: Allocator, work: Path | None) -> list[Spectrum]:
+    """The spectra with all that the allocator `wants`, measured near the share that the goal leads to."""
+    spectra = task.decomposed.spectra
     if not allocator.wants:
         return spectra
-    near = asked.goal.keep
-    if near is None:  # even shares lead to nearly the same one
-        near = float(asked.meet(Allocate(Uniform().allocate), spectra).reached["keep"])
-    plain = asked.recipe.make_factorizer().resting()
-    read = text.read().recipe.to_dict()
+    keep = task.goal.keep
+    if keep is None:  # uniform ranks meet the goal at nearly the same share
+        keep = float(task.meet(Allocate(Uniform().allocate), spectra).reached["keep"])
+    plain = task.recipe.make_factorizer().plain()
+    text_recipe = text.read().recipe.to_dict()
     depends = {
         "factorizer": recipes.describe(type(plain).__name__, plain),
-        "calibration": {key: read[key] for key in ("tokens_hash", "windows", "length")},
+        "calibration": {key: text_recipe[key] for key in ("tokens_hash", "windows", "length")},
     }
-    loaded, decomposed = asked.loaded, asked.decomposed
+    loaded, decomposed = task.loaded, task.decomposed
     folder = work or cache_folder() / "work"
-    with asked.stages("observe"):
+    with task.stages("observe"):
         scene = Scene(
-            loaded.model, loaded.layout, decomposed.groups, decomposed.cut, text.ids(), near, asked.recipe.storage,
-            folder, depends, asked.stages.progress,
+            loaded.model, loaded.layout, decomposed.groups, decomposed.cut, text.ids(), keep, task.recipe.storage,
+            folder, depends, task.stages.progress,
         )  # fmt: skip
         return observe(scene, spectra, allocator)
 
 
-def _probe(asked: _Asked, text: Text, windows: tuple[int, int], work: Path | None) -> Probe:
+def _probe(task: _Task, text: Text, windows: tuple[int, int], work: Path | None) -> Probe:
     """What measures candidate plans by slicing the decompositions; `windows` to score on, and held out."""
     scoring, held_out = split_for_search(text.ids(), *windows)
-    factorizer = asked.recipe.to_dict()["factorizer"]
+    factorizer = task.recipe.to_dict()["factorizer"]
     key = Key(
-        "probe", factorizer=factorizer, weights=asked.loaded.model, scoring=scoring, held_out=held_out,
-        groups=[group.names for group in asked.decomposed.groups], versions=versions(),
+        "probe", factorizer=factorizer, weights=task.loaded.model, scoring=scoring, held_out=held_out,
+        groups=[group.names for group in task.decomposed.groups], versions=versions(),
     )  # fmt: skip
-    loaded, decomposed = asked.loaded, asked.decomposed
+    loaded, decomposed = task.loaded, task.decomposed
     return SlicingProbe(
-        loaded.model, decomposed.groups, decomposed.cut, scoring, held_out, WorkFolder(work, key), asked.stages.progress
+        loaded.model, decomposed.groups, decomposed.cut, scoring, held_out, WorkFolder(work, key), task.stages.progress
     )
 
 
-def _measure(asked: _Asked, held_out: HeldOut, made: Plan, parts: Sequence[Part]) -> list[float]:
+def _measure(task: _Task, held_out: HeldOut, plan: Plan, parts: Sequence[Part]) -> list[float]:
     """What parts of a plan cost in KL, each measured alone."""
-    loaded, decomposed = asked.loaded, asked.decomposed
-    with asked.stages("probe"):
+    loaded, decomposed = task.loaded, task.decomposed
+    with task.stages("probe"):
         return measure_parts(
-            loaded.model, decomposed.groups, made.entries, decomposed.cut, held_out, parts,
-            progress=asked.stages.progress,
+            loaded.model, decomposed.groups, plan.entries, decomposed.cut, held_out, parts,
+            progress=task.stages.progress,
         )  # fmt: skip
 
 
-def _kl(asked: _Asked, held_out: HeldOut, entries: Sequence[Entry]) -> float:
+def _kl(task: _Task, held_out: HeldOut, entries: Sequence[Entry]) -> float:
     """The KL divergence of a candidate plan from the dense model, measured."""
-    decomposed = asked.decomposed
-    with asked.stages("probe"), in_place(asked.loaded.model, decomposed.groups, entries, decomposed.cut):
+    decomposed = task.decomposed
+    with task.stages("probe"), in_place(task.loaded.model, decomposed.groups, entries, decomposed.cut):
         return held_out.kl()

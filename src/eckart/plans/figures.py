@@ -36,7 +36,7 @@ def summary(spectrum: Spectrum) -> dict[str, Any]:
 
 
 def with_figures(entry: Entry, spectrum: Spectrum) -> Entry:
-    """The entry with the figures of its group before what else its details say.
+    """The entry with figures of its group put before its other details.
 
     They are the energy effective rank and, where the metric knows it, the loss predicted of this choice alone.
     """

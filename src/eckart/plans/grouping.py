@@ -49,9 +49,9 @@ def make_groups(targets: Sequence[Target], size: int, kinds: Sequence[str]) -> l
     if size == 1:
         return [Group((target,)) for target in targets]
     if not any(matches(target.kind, kinds) for target in targets):
-        found = ", ".join(dict.fromkeys(target.kind for target in targets))
+        present = ", ".join(dict.fromkeys(target.kind for target in targets))
         raise OptionError(
-            f"grouping.kinds is {','.join(kinds)}, which matches none of {found}; name the kinds to group "
+            f"grouping.kinds is {','.join(kinds)}, which matches none of {present}; name the kinds to group "
             "with grouping.kinds, or set grouping.size to 1."
         )
     groups: list[list[Target]] = []

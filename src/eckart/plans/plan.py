@@ -122,8 +122,8 @@ def _check_entry(group: Group, entry: Entry) -> None:
         )
 
 
-def _near(name: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
+def _near(name: str, targets: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, targets, n=1)
     return f"; did you mean {close[0]!r}?" if close else "; `eckart inspect` lists the targets"
 
 
