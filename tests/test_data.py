@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from eckart.errors import DataError, NumericalError, OptionError
-from eckart.text.data import AMPLE, Part, check_length, hash_tokens, load_windows, parse_spec, share_windows
+from eckart.text.data import AMPLE, SourceSpec, check_length, hash_tokens, load_windows, parse_spec, share_windows
 
 BOS, EOS = 100, 101
 
@@ -60,24 +60,31 @@ HUB = "hub"
 @pytest.mark.parametrize(
     ("spec", "parts"),
     [
-        ("wikitext2", [Part(HUB, "wikitext2")]),
-        ("wikitext2:64", [Part(HUB, "wikitext2", windows=64)]),
-        ("c4::validation:", [Part(HUB, "c4", split="validation")]),
-        ("owner/name:config:split:column", [Part(HUB, "owner/name", "config", "split", "column")]),
-        ("owner/name:config:split:column:7", [Part(HUB, "owner/name", "config", "split", "column", 7)]),
-        ("owner/name:::column", [Part(HUB, "owner/name", column="column")]),
-        ("owner/name::train[:10%]:text:8", [Part(HUB, "owner/name", split="train[:10%]", column="text", windows=8)]),
-        ("notes.txt", [Part("file", "notes.txt")]),
-        ("C:\\texts\\notes.txt:16", [Part("file", "C:\\texts\\notes.txt", windows=16)]),
-        ("rows.jsonl:body", [Part("file", "rows.jsonl", column="body")]),
-        ("a/rows.parquet:body:3", [Part("file", "a/rows.parquet", column="body", windows=3)]),
-        ("rows.json:5", [Part("file", "rows.json", windows=5)]),
-        ("python-docs", [Part("python-docs", "python-docs")]),
-        ("python-docs:second:4", [Part("python-docs", "python-docs", split="second", windows=4)]),
-        ("self:12", [Part("self", "self", windows=12)]),
+        ("wikitext2", [SourceSpec(HUB, "wikitext2")]),
+        ("wikitext2:64", [SourceSpec(HUB, "wikitext2", windows=64)]),
+        ("c4::validation:", [SourceSpec(HUB, "c4", split="validation")]),
+        ("owner/name:config:split:column", [SourceSpec(HUB, "owner/name", "config", "split", "column")]),
+        ("owner/name:config:split:column:7", [SourceSpec(HUB, "owner/name", "config", "split", "column", 7)]),
+        ("owner/name:::column", [SourceSpec(HUB, "owner/name", column="column")]),
+        (
+            "owner/name::train[:10%]:text:8",
+            [SourceSpec(HUB, "owner/name", split="train[:10%]", column="text", windows=8)],
+        ),
+        ("notes.txt", [SourceSpec("file", "notes.txt")]),
+        ("C:\\texts\\notes.txt:16", [SourceSpec("file", "C:\\texts\\notes.txt", windows=16)]),
+        ("rows.jsonl:body", [SourceSpec("file", "rows.jsonl", column="body")]),
+        ("a/rows.parquet:body:3", [SourceSpec("file", "a/rows.parquet", column="body", windows=3)]),
+        ("rows.json:5", [SourceSpec("file", "rows.json", windows=5)]),
+        ("python-docs", [SourceSpec("python-docs", "python-docs")]),
+        ("python-docs:second:4", [SourceSpec("python-docs", "python-docs", split="second", windows=4)]),
+        ("self:12", [SourceSpec("self", "self", windows=12)]),
         (
             "wikitext2:64, c4:32,notes.txt:16",
-            [Part(HUB, "wikitext2", windows=64), Part(HUB, "c4", windows=32), Part("file", "notes.txt", windows=16)],
+            [
+                SourceSpec(HUB, "wikitext2", windows=64),
+                SourceSpec(HUB, "c4", windows=32),
+                SourceSpec("file", "notes.txt", windows=16),
+            ],
         ),
     ],
 )

@@ -51,8 +51,8 @@ def test_which_windows(tmp_path):
     read = load_windows(str(tmp_path / "text.txt"), tiny_tokenizer(), windows=12, length=30, spare=3)
     made = HeldOut.of(model, discover(model), read)
     assert made.to_dict() == {"windows": 3, "length": 30, "unseen": True}
-    assert torch.equal(torch.cat(made.stream().batches), read.spare[:, :-1])
-    made = HeldOut.of(model, discover(model), Windows(read.ids, read.tail, read.recipe, read.spare[:0]))
+    assert torch.equal(torch.cat(made.stream().batches), read.unseen[:, :-1])
+    made = HeldOut.of(model, discover(model), Windows(read.ids, read.tail, read.recipe, read.unseen[:0]))
     assert made.to_dict() == {"windows": WINDOWS, "length": 30, "unseen": False}
     assert torch.equal(torch.cat(made.stream().batches), read.ids[-WINDOWS:, :-1])
     long = load_windows(str(tmp_path / "text.txt"), tiny_tokenizer(), windows=1, length=LENGTH + 9, spare=1)

@@ -137,7 +137,7 @@ def test_a_candidate_is_told_apart_by_all_that_its_entries_say(tmp_path):
     for entry in entries:
         probe([entry])
         probe([entry], held_out=True)
-    assert len(probe.known) == 2 * len(entries)
+    assert len(probe.losses) == 2 * len(entries)
 
 
 def test_journals_of_other_keys_are_other_files(tmp_path):

@@ -62,7 +62,7 @@ def loss(model, ids):
 def test_refined_then_recovered(folder, monkeypatch):
     dense = load_model("dense")
     text = load_windows("text.txt", tiny_tokenizer(), windows=12, length=24, spare=8)
-    assert len(text.spare) == 8
+    assert len(text.unseen) == 8
     closed, _ = run(monkeypatch, "closed")
     refined, how = run(monkeypatch, "refined", *REFINED)
     recovered, then = run(
@@ -77,7 +77,7 @@ def test_refined_then_recovered(folder, monkeypatch):
             assert torch.equal(model.get_submodule(name).weight, dense.get_submodule(name).weight)
 
     grams = grams_by_autograd(dense, text.ids, seed=0)
-    errors = [weighted_errors(model, dense, text.spare, grams, 0.1) for model in (closed, refined)]
+    errors = [weighted_errors(model, dense, text.unseen, grams, 0.1) for model in (closed, refined)]
     notes = how["refinement"]
     assert [note["block"] for note in notes] == [0, 1, 2]
     assert not any(note["rolled_back"] for note in notes)
@@ -87,9 +87,9 @@ def test_refined_then_recovered(folder, monkeypatch):
 
     assert [part["name"] for part in then["recipe"]["refiners"]] == ["block_collaborative", "recover"]
     assert then["refinement"][:3] == notes  # the blocks first, from the same factors
-    assert then["refinement"][3]["loss"][0] == pytest.approx(loss(refined, text.spare), rel=1e-4)
-    assert min(then["refinement"][3]["loss"]) == pytest.approx(loss(recovered, text.spare), rel=1e-4)
-    assert loss(recovered, text.spare) < loss(refined, text.spare)
+    assert then["refinement"][3]["loss"][0] == pytest.approx(loss(refined, text.unseen), rel=1e-4)
+    assert min(then["refinement"][3]["loss"]) == pytest.approx(loss(recovered, text.unseen), rel=1e-4)
+    assert loss(recovered, text.unseen) < loss(refined, text.unseen)
 
 
 def test_the_full_recipe_is_eckart_and_then_both_refiners(folder):

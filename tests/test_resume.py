@@ -165,7 +165,7 @@ def test_work_folder(tmp_path):
         assert Key("stage", a=a, w=tensor).digest != key.digest
     work = WorkFolder(tmp_path, key)
     assert work.find("one") is None
-    work.keep("one", {"w": torch.arange(3.0)}, {"loss": 0.1})
+    work.write("one", {"w": torch.arange(3.0)}, {"loss": 0.1})
     tensors, notes = work.find("one")
     assert torch.equal(tensors["w"], torch.arange(3.0))
     assert notes == {"loss": 0.1}

@@ -32,7 +32,9 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Compression:
-    """What a run made. `seconds` holds the wall time of each stage; it is not saved with the model.
+    """A compressed model and how it came about.
+
+    `seconds` holds the wall time of each stage; it is not saved with the model.
 
     `spectra` holds a `plans.figures.summary` of every group that was decomposed.
     """
@@ -64,7 +66,7 @@ def carry_out(
 ) -> Compression:
     """Carry out a plan on a model, in place; decompositions are dropped as they are cut.
 
-    `command(calibration=...)` is the line that does it again, given the text if any was read.
+    `command(calibration=...)` gives the command line that repeats the run; `calibration` is None if no text was read.
     """
     groups, entries = resolve(planned.plan, loaded.layout.targets)
     book = loaded.ledger(planned.plan)
@@ -89,8 +91,8 @@ def carry_out(
         ledger=book.to_dict(),
         command=command(calibration=None if text.windows is None else text.calibration),
     )
-    for name, said in (("refinement", notes), ("metric_drift", drift), ("kl", kl)):
-        provenance |= {name: said} if said else {}
+    for name, facts in (("refinement", notes), ("metric_drift", drift), ("kl", kl)):
+        provenance |= {name: facts} if facts else {}
     return Compression(
         loaded.model, loaded.tokenizer, loaded.layout, planned.plan, book, provenance, stages.seconds,
         planned.summaries,
@@ -101,9 +103,9 @@ def _factorise(
     loaded: Loaded, planned: Planned, groups: Sequence[Group], entries: Sequence[Entry], stages: Stages
 ) -> None:
     """Cut every decomposition at its rank and put the factors in the model."""
-    work = list(zip(groups, entries, strict=True))
+    pairs = list(zip(groups, entries, strict=True))
     with stages("factorise"):
-        for group, entry in track(work, "factorise", len(work), stages.progress):
+        for group, entry in track(pairs, "factorise", len(pairs), stages.progress):
             log.debug("%s: rank %s of %d, %s", group.name, entry.rank, group.full_rank, entry.storage)
             if entry.rank is not None:
                 for name, layer in planned.decomposed.cut(group, entry).items():
@@ -120,27 +122,32 @@ def _refine(
     work: Path | None,
     stages: Stages,
 ) -> list[dict[str, Any]]:
-    """Run the refiners one after the other; their notes."""
+    """Run the refiners one after the other; returns their notes."""
     notes: list[dict[str, Any]] = []
     for refiner in refiners:
         ids = text.ids()
-        unseen = text.read().spare.to(ids.device)
-        known = (loaded.model, loaded.layout, plan, dense, ids, stages.progress, work, notes, unseen)
+        unseen = text.read().unseen.to(ids.device)
+        refinement = Refinement(
+            loaded.model, loaded.layout, plan, dense, ids, stages.progress, work, notes, unseen, loaded.tokenizer
+        )
         with stages("refine"):
-            refiner.refine_(Refinement(*known, tokenizer=loaded.tokenizer))
+            refiner.refine_(refinement)
     return notes
 
 
 def _store(loaded: Loaded, entries: Sequence[Entry], stages: Stages) -> None:
     """Store every factorised layer as the plan says."""
-    wanted = {name: e.storage for e in entries if e.rank is not None and not e.kept for name in e.targets}
+    storages = {name: e.storage for e in entries if e.rank is not None and not e.kept for name in e.targets}
     with stages("store"):
-        for name, storage in track(wanted.items(), "store", len(wanted), stages.progress):
+        for name, storage in track(storages.items(), "store", len(storages), stages.progress):
             store_(loaded.model, name, storage)
 
 
 def _measured(planned: Planned, refined: bool, stages: Stages) -> dict[str, Any]:
-    """The KL divergence of the finished model, if it was predicted; measured unless the plan's is its own."""
+    """Predicted and measured KL divergence of the finished model; empty where none is predicted.
+
+    What was measured of the plan is taken, unless refiners have changed the model since.
+    """
     if planned.held_out is None:
         return {}
     measured = None if refined else planned.plan.reached.get("measured_kl")
@@ -152,7 +159,7 @@ def _measured(planned: Planned, refined: bool, stages: Stages) -> dict[str, Any]
 
 
 def _finish(loaded: Loaded) -> None:
-    """The stored dtype, and all that plain `save_pretrained` needs to know."""
+    """Cast to the stored dtype, and attach what plain `save_pretrained` needs."""
     from eckart.portable import hf  # imports transformers
 
     dtypes.cast_(loaded.model, loaded.stored_dtype)

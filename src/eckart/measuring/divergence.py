@@ -2,7 +2,7 @@
 
 Where the tail of the model ends in a plain linear head, `eckart.maths.divergence` reads it off the
 head's inputs. Any other tail (capped or scaled logits) is run for both, a chunk of tokens at a time.
-Which it is, is tried and not looked up: a plain head's output comes out of the model untouched.
+A trial decides which of the two it is: the output of a plain head leaves the model unchanged.
 """
 
 from collections.abc import Callable, Iterator
@@ -67,8 +67,8 @@ class Divergence:
         mark = torch.linspace(-300, 300, len(weight), device=weight.device, dtype=weight.dtype)  # beyond any cap
         first = self.finals[0][:, :1]
         with _forward_replaced(module, lambda hidden: mark.expand(*hidden.shape[:-1], -1)):
-            found = self._logits(0, slice(0, 1), first)
-        plain = found.shape[-1] == len(mark) and torch.equal(found, mark.expand_as(found).to(found.dtype))
+            logits = self._logits(0, slice(0, 1), first)
+        plain = logits.shape[-1] == len(mark) and torch.equal(logits, mark.expand_as(logits).to(logits.dtype))
         return Head(weight, module.bias) if plain else None
 
     def _entrance(self, index: int, hidden: Tensor) -> Tensor:
@@ -91,8 +91,8 @@ class Divergence:
         for start in range(0, length, step):
             part = slice(start, start + step)
             expected = self._logits(index, part, self.finals[index][:, part]).float().log_softmax(-1)
-            found = self._logits(index, part, hidden[:, part]).float().log_softmax(-1)
-            total += float(maths.from_log_probabilities(expected, found).double().sum())
+            candidate = self._logits(index, part, hidden[:, part]).float().log_softmax(-1)
+            total += float(maths.from_log_probabilities(expected, candidate).double().sum())
         return total
 
 

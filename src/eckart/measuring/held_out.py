@@ -1,4 +1,4 @@
-"""How far the model is from the dense one, as it is at the moment, on a few windows of text."""
+"""How far the model, in its present state, is from the dense one, on a few windows of text."""
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ WINDOWS, LENGTH = 8, 256
 
 
 class HeldOut:
-    """Remembers what the dense model predicts on `windows` `[windows, length]`; `kl()` compares the model of now.
+    """Remembers what the dense model predicts on `windows` `[windows, length]`; `kl()` compares the model as it is.
 
     What is remembered are hidden states: predictions would be tokens x vocabulary numbers. `unseen` says that
     nothing was calibrated on these windows.
@@ -30,9 +30,9 @@ class HeldOut:
 
     @staticmethod
     def of(model: nn.Module, layout: Layout, windows: Windows) -> "HeldOut":
-        """On the spare windows of a calibration; on its last ones where the text had no more."""
-        unseen = len(windows.spare) > 0
-        chosen = (windows.spare if unseen else windows.ids[-WINDOWS:])[:WINDOWS, :LENGTH]
+        """On the unseen windows of a calibration; on its last ones where the text had no more."""
+        unseen = len(windows.unseen) > 0
+        chosen = (windows.unseen if unseen else windows.ids[-WINDOWS:])[:WINDOWS, :LENGTH]
         return HeldOut(model, layout, chosen, unseen)
 
     def stream(self) -> Stream:

@@ -1,4 +1,4 @@
-"""The loss of a plan, or of parts of one, measured: factors in the place of weights for a while.
+"""Measure the loss of a plan, or of parts of one, by putting factors in the place of weights for a while.
 
 One decomposition of each matrix serves every candidate; nothing is decomposed here.
 """
@@ -27,9 +27,9 @@ Cut = Callable[[Group, Entry], Layers]  # makes the factorised layers of one gro
 class SlicingProbe:
     """`probe(entries)` is the mean loss in nats per token on `scoring`, or on `held_out`, each `[windows, length]`.
 
-    `entries` match `groups`; `cut` makes the layers of one group. A loss that is not
-    finite is infinite, so that a search passes the candidate over. Losses are kept in a work folder, so that a
-    search that was cut short measures only what is missing.
+    `entries` match `groups`; `cut` makes the layers of one group. A loss that is not finite counts as infinite, so
+    that a search passes the candidate over. Losses are kept in a work folder, so that a search that was cut short
+    measures only what is missing.
     """
 
     model: nn.Module
@@ -39,21 +39,21 @@ class SlicingProbe:
     held_out_windows: Tensor
     folder: WorkFolder
     progress: Progress = silent
-    known: dict[str, float] = field(default_factory=dict, init=False)
+    losses: dict[str, float] = field(default_factory=dict, init=False)
 
     def __call__(self, entries: Sequence[Entry], held_out: bool = False) -> float:
         choices = [[*entry.targets, entry.rank, entry.storage, entry.kept] for entry in entries]
         piece = Key("candidate", held_out=held_out, choices=choices).digest
-        if piece not in self.known:
-            found = self.folder.find(piece)
-            if found is None:
+        if piece not in self.losses:
+            record = self.folder.find(piece)
+            if record is None:
                 loss = self._measure(entries, self.held_out_windows if held_out else self.scoring)
-                self.folder.keep(piece, {}, {"loss": loss})
-            self.known[piece] = loss if found is None else float(found[1]["loss"])
-        return self.known[piece]
+                self.folder.write(piece, {}, {"loss": loss})
+            self.losses[piece] = loss if record is None else float(record[1]["loss"])
+        return self.losses[piece]
 
     def _measure(self, entries: Sequence[Entry], windows: Tensor) -> float:
-        stage = f"probe {len(self.known) + 1}"
+        stage = f"probe {len(self.losses) + 1}"
         try:
             with in_place(self.model, self.groups, entries, self.cut):
                 return perplexity(self.model, list(windows), progress=self.progress, stage=stage).nll
@@ -88,21 +88,21 @@ def measure_parts(
     """
     cuts = [(group, entry) for group, entry in zip(groups, entries, strict=True) if entry.rank is not None]
     dense, streams = held_out.stream(), dict[int, Stream]()
-    made: dict[str, nn.Module] = {}
+    replacements: dict[str, nn.Module] = {}
     for at in walk(held_out.residence, dense, stage="probe", progress=progress):
         for group, entry in cuts:
             if group.targets[0].block == at.index:
-                made |= cut(group, entry)
+                replacements |= cut(group, entry)
         here = {t.name: g.name for g, _ in cuts for t in g.targets if t.block == at.index}
         for number, part in enumerate(parts):
-            layers = {name: made[name] for name, group in here.items() if group in part}
+            layers = {name: replacements[name] for name, group in here.items() if group in part}
             if layers and number not in streams:
                 streams[number] = dense.branch()
             if number in streams:
                 with replaced(model, layers):
                     at.advance(streams[number])
         for name in here:
-            del made[name]
+            del replacements[name]
     finals = [streams.get(number, dense).states for number in range(len(parts))]
     return [held_out.kl_of(states) for states in track(finals, "divergence", len(finals), progress)]
 

@@ -56,8 +56,8 @@ class Protocol:
 
     def corpus(self, spec: str, tokenizer: Any) -> Windows:
         """The windows of a text to measure on. Raises what `load_windows` raises."""
-        how: dict[str, Any] = {"windows": self.windows, "length": self.length, "seed": self.seed}
-        return load_windows(spec, tokenizer, purpose="evaluation", join=self.join, bos=self.bos, **how)
+        options: dict[str, Any] = {"windows": self.windows, "length": self.length, "seed": self.seed}
+        return load_windows(spec, tokenizer, purpose="evaluation", join=self.join, bos=self.bos, **options)
 
     def to_dict(self, computed_in: str) -> dict[str, Any]:
         """What a stored result says of it besides the recipe of the text; `computed_in` is the dtype's name."""

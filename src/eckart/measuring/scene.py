@@ -1,8 +1,8 @@
 """What an allocator may see beside spectra: measured once, before any plan, by a module of this package.
 
 An allocator names what it wants (`Allocator.wants`). A name is that of a file here, whose `observe(scene, allocator)`
-measures and gives `{group name: value}`; a name with a colon, `module:function`, is one of your own. The values
-come with the spectra, in `Spectrum.observed`.
+measures and returns `{group name: value}`; a name with a colon, `module:function`, is a function of your own. The
+values come with the spectra, in `Spectrum.observed`.
 """
 
 import importlib

@@ -51,8 +51,10 @@ class Curves:
 
 
 def observe(scene: Scene, allocator: Any) -> Mapping[str, Mapping[float, float]]:
-    """The curve of every group, at the shares that the allocator names in `probed`, on the first `windows` windows of
-    the calibration cut to `length` tokens, which it names, too."""
+    """The curve of every group, at the shares `allocator.probed`.
+
+    Measured on the first `allocator.windows` windows of the calibration, cut to `allocator.length` tokens.
+    """
     curves = measure_curves(
         scene.model,
         scene.layout,
@@ -96,15 +98,15 @@ def measure_curves(
     names = [group.names for group in groups]
     key = {"version": VERSION, "weights": model, "windows": windows, "target": target, "storage": storage}
     journal = Journal(work, Key("sensitivity", **depends, **key, blocks=layout.blocks, groups=names))
-    wanted = [group for group in groups if only is None or group.name in only]
-    measured = _Measured(model, residence_of(model, layout), groups, cut, journal, target, storage)
-    measured.add(windows, [(group, share) for group in wanted for share in shares], progress)
-    losses = {group.name: {share: measured.kl[group.name, share] for share in shares} for group in wanted}
-    return Curves(target, measured.kl[RESTING, target], losses)
+    selection = [group for group in groups if only is None or group.name in only]
+    measurements = _Measurements(model, residence_of(model, layout), groups, cut, journal, target, storage)
+    measurements.add(windows, [(group, share) for group in selection for share in shares], progress)
+    losses = {group.name: {share: measurements.kl[group.name, share] for share in shares} for group in selection}
+    return Curves(target, measurements.kl[RESTING, target], losses)
 
 
-class _Measured:
-    """What is known: `kl[group name, share]`; `kl[RESTING, target]` is of the resting model."""
+class _Measurements:
+    """What has been measured: `kl[group name, share]`; `kl[RESTING, target]` is of the resting model."""
 
     def __init__(
         self,
@@ -122,7 +124,7 @@ class _Measured:
         self.kl = {(row["group"], row["share"]): row["kl"] for row in journal.rows}
 
     def add(self, windows: Tensor, pairs: Sequence[tuple[Group, float]], progress: Progress) -> None:
-        """Measure what of the pairs is not known yet."""
+        """Measure those pairs that have not been measured yet."""
         missing = [(g, s) for g, s in pairs if (g.name, s) not in self.kl and s != self.target]
         if missing or (RESTING, self.target) not in self.kl:
             start = open_stream(self.model, self.residence, split_batches(windows))
@@ -146,8 +148,8 @@ class _Measured:
                 if min(target.block for target in group.targets) == at.index:
                     progress("sensitivity", done, len(missing))
                     with replaced(self.model, self._layers(group, share)):
-                        moved = pass_blocks(self.residence, stream.branch())
-                    self._record(group, share, divergence(moved.states))
+                        perturbed = pass_blocks(self.residence, stream.branch())
+                    self._record(group, share, divergence(perturbed.states))
                     done += 1
         if (RESTING, self.target) not in self.kl:
             self._record(None, self.target, divergence(stream.states))
@@ -163,7 +165,7 @@ class _Measured:
         return ledger.rank_for(group, share, Budget(share, storage=self.storage))
 
     def _layers(self, group: Group, share: float) -> dict[str, nn.Module]:
-        """What stands in the places of a group that keeps a share."""
+        """The layers of a group that keeps a share, by name: dense ones or factorised ones."""
         rank = self._rank(group, share)
         if rank is None:
             return {name: self.dense[name] for name in group.names}

@@ -14,8 +14,8 @@ from eckart.progress import Progress, silent
 
 def observe(scene: Scene, allocator: Any) -> dict[str, float]:
     """For each group the similarity of its first block."""
-    near = block_similarities(scene.model, scene.layout, scene.windows, progress=scene.progress)
-    return {group.name: near[group.targets[0].block] for group in scene.groups}
+    similarities = block_similarities(scene.model, scene.layout, scene.windows, progress=scene.progress)
+    return {group.name: similarities[group.targets[0].block] for group in scene.groups}
 
 
 @torch.no_grad()

@@ -1,1 +1,1 @@
-"""What every package leans on: files, work that survives, dtypes, JSON."""
+"""What every package leans on: files, finished work on disk, dtypes, JSON."""

@@ -10,10 +10,10 @@ from eckart.version import __version__
 
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
-    found = {"eckart": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    by_package = {"eckart": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for package in ("transformers", "tokenizers", "safetensors", "datasets"):
         try:
-            found[package] = metadata.version(package)
+            by_package[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return by_package

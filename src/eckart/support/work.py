@@ -1,4 +1,4 @@
-"""Work that survives a kill, found again only by a run that is the same.
+"""Finished work on disk, which survives a kill; only a run with the same key finds it again.
 
     DIR/<work>-<key>/<piece>.safetensors, <piece>.json     pieces: tensors and notes
     DIR/<work>-<key>.jsonl                                 a journal: many small results
@@ -24,7 +24,7 @@ from eckart.support.files import output_error, write_text
 
 
 class Key:
-    """What a piece of work depends on: whoever has the same key would do the same.
+    """What a piece of work depends on: equal keys mean the same work.
 
     Made from the arguments of the call that does the work, by name: plain data, tensors (dtype, shape and every
     byte), models (all their parameters and buffers), lists and mappings of these. `work` names the kind of work.
@@ -72,7 +72,7 @@ def _hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 class WorkFolder:
-    """The finished pieces of one stage of one run. Without a folder nothing is kept or found."""
+    """The finished pieces of one stage of one run. Without a folder nothing is written or found."""
 
     def __init__(self, folder: str | Path | None, key: Key) -> None:
         self.folder = None if folder is None else Path(folder) / key.name
@@ -90,7 +90,7 @@ class WorkFolder:
             raise OutputError(f"{self.folder}: {piece} cannot be read back ({error}); delete this folder.") from None
         return tensors, notes["notes"]
 
-    def keep(self, piece: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+    def write(self, piece: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         """Write a finished piece, whole or not at all."""
         from safetensors.torch import save_file
 

@@ -27,15 +27,15 @@ from torch import Tensor
 from eckart.errors import DataError, OptionError
 from eckart.text import sources
 from eckart.text.self_text import write_windows
-from eckart.text.sources import Part, Purpose, Source, parse_spec
+from eckart.text.sources import Purpose, Source, SourceSpec, parse_spec
 
 BOS = ("none", "start", "window")
 AMPLE = 32  # characters read per token needed; a token of prose is 4 to 5 of them
 
 
 @dataclass(frozen=True)
-class PartRecipe:
-    """What one source gave: `documents` texts were read, which made `text_tokens` tokens."""
+class SourceRecipe:
+    """What one source gave: `documents` texts were read, `text_tokens` tokens in all."""
 
     source: str
     split: str
@@ -59,7 +59,7 @@ class DataRecipe:
     tokens_hash: str
     tokens: int
     documents: int
-    parts: tuple[PartRecipe, ...]
+    parts: tuple[SourceRecipe, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that JSON takes and gives back unchanged."""
@@ -70,7 +70,7 @@ class DataRecipe:
 class Windows:
     """Token ids `[windows, length]`, int64, on the CPU.
 
-    `spare` `[at most as many as asked, length]` are further windows of the same sources, evenly spaced behind
+    `unseen` `[at most as many as asked, length]` are further windows of the same sources, evenly spaced behind
     those of `ids`, for measuring on text that was not calibrated on. `tail` `[fewer than length]` is what the
     last source had left behind its last window; only D-Rank's protocol reads it, and it is empty when the
     windows do not end with the text.
@@ -79,7 +79,7 @@ class Windows:
     ids: Tensor
     tail: Tensor
     recipe: DataRecipe
-    spare: Tensor
+    unseen: Tensor
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class _Request:
     purpose: Purpose
     join: str
     bos: str
-    spare: int
+    unseen: int
 
 
 def load_windows(
@@ -122,16 +122,16 @@ def load_windows(
     shortest = 2 if bos == "window" else 1
     if length < shortest:
         raise DataError(f"length is {length}, but a window needs at least {shortest} token(s); give a larger --length.")
-    parts = parse_spec(spec)
-    counts = share_windows(parts, windows)
+    specs = parse_spec(spec)
+    counts = share_windows(specs, windows)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    request = _Request(tokenizer, length, generator, purpose, join, bos, -(-spare // len(parts)))
-    made = [
-        _written_windows(model, count, request) if part.kind == "self" else _cut_windows(part, count, request)
-        for part, count in zip(parts, counts, strict=True)
+    request = _Request(tokenizer, length, generator, purpose, join, bos, -(-spare // len(specs)))
+    cuts = [
+        _written_windows(model, count, request) if source.kind == "self" else _cut_windows(source, count, request)
+        for source, count in zip(specs, counts, strict=True)
     ]
-    ids, spares = torch.cat([cut.ids for cut in made]), torch.cat([cut.spare for cut in made])
-    recipes = tuple(cut.recipe for cut in made)
+    ids, unseen = torch.cat([cut.ids for cut in cuts]), torch.cat([cut.unseen for cut in cuts])
+    recipes = tuple(cut.recipe for cut in cuts)
     recipe = DataRecipe(
         spec=spec,
         windows=ids.shape[0],
@@ -145,23 +145,23 @@ def load_windows(
         documents=sum(part.documents for part in recipes),
         parts=recipes,
     )
-    return Windows(ids, made[-1].tail, recipe, spares[:spare])
+    return Windows(ids, cuts[-1].tail, recipe, unseen[:spare])
 
 
-def share_windows(parts: Sequence[Part], windows: int | None) -> list[int | None]:
+def share_windows(specs: Sequence[SourceSpec], windows: int | None) -> list[int | None]:
     """How many windows each part gives; None is every whole one. Raises `DataError` when that cannot be said."""
     if windows is not None and windows < 1:
         raise DataError(f"windows is {windows}, but must be positive; leave it out for the whole text.")
-    counts = [part.windows for part in parts]
+    counts = [spec.windows for spec in specs]
     if len({count is None for count in counts}) == 2:
-        bare = next(part.name for part in parts if part.windows is None)
+        bare = next(spec.name for spec in specs if spec.windows is None)
         raise DataError(f"{bare}: has no count, but other sources have; give every source a count, or none.")
     if counts[0] is not None or windows is None:
         return counts
-    each, rest = divmod(windows, len(parts))
+    each, rest = divmod(windows, len(specs))
     if each == 0:
-        raise DataError(f"windows is {windows}, but {len(parts)} sources were named; ask for one each at least.")
-    return [each + rest, *[each] * (len(parts) - 1)]
+        raise DataError(f"windows is {windows}, but {len(specs)} sources were named; ask for one each at least.")
+    return [each + rest, *[each] * (len(specs) - 1)]
 
 
 def hash_tokens(ids: Tensor) -> str:
@@ -181,28 +181,28 @@ def check_length(windows: Windows, model: Any) -> None:
 
 @dataclass(frozen=True)
 class _Cut:
-    """The windows of a source `[count, length]`, those after them, its tail if they end with it, what was read."""
+    """What one source gives: windows `[count, length]`, `unseen` ones behind them, and the `tail` of the text."""
 
     ids: Tensor
-    spare: Tensor
+    unseen: Tensor
     tail: Tensor
-    recipe: PartRecipe
+    recipe: SourceRecipe
 
 
-def _cut_windows(part: Part, count: int | None, request: _Request) -> _Cut:
-    source = sources.read(part, request.purpose)
+def _cut_windows(spec: SourceSpec, count: int | None, request: _Request) -> _Cut:
+    source = sources.read(spec, request.purpose)
     per_window = request.length - (request.bos == "window")
     needed = None if count is None else count * per_window
-    ids, documents, reading = _tokens(source, part.name, needed, request)
+    ids, documents, reading = _tokens(source, spec.name, needed, request)
     whole = len(ids) // per_window
     if whole == 0:
         raise DataError(
-            f"{part.name}: has {len(ids)} tokens, but one window needs {per_window}; "
+            f"{spec.name}: has {len(ids)} tokens, but one window needs {per_window}; "
             "give more text or a smaller --length."
         )
     if count is not None and whole < count:
         raise DataError(
-            f"{part.name}: has {whole} windows of {request.length} tokens ({len(ids):,} tokens), but {count} were "
+            f"{spec.name}: has {whole} windows of {request.length} tokens ({len(ids):,} tokens), but {count} were "
             "asked; give more text, fewer --windows or a smaller --length."
         )
     rows = ids[: whole * per_window].reshape(whole, per_window)
@@ -210,18 +210,19 @@ def _cut_windows(part: Part, count: int | None, request: _Request) -> _Cut:
     tail = ids[whole * per_window :] if ends else ids[:0]
     if request.generator is not None:
         rows = rows[torch.randperm(whole, generator=request.generator)]
-    taken = whole if count is None else count
-    spare = min(request.spare, whole - taken)
-    apart = [taken + (2 * i + 1) * (whole - taken) // (2 * spare) for i in range(spare)]  # neighbours are alike
-    rows = rows[[*range(taken), *apart]]
+    number = whole if count is None else count
+    unseen = min(request.unseen, whole - number)
+    # Evenly spaced, since neighbours are alike.
+    unseen_rows = [number + (2 * i + 1) * (whole - number) // (2 * unseen) for i in range(unseen)]
+    rows = rows[[*range(number), *unseen_rows]]
     if request.bos == "window":
         rows = torch.cat([torch.full((len(rows), 1), _bos_id(request.tokenizer)), rows], dim=1)
-    recipe = PartRecipe(sources.label(part), source.split, reading, documents, len(ids), taken)
-    return _Cut(rows[:taken].contiguous(), rows[taken:].contiguous(), tail, recipe)
+    recipe = SourceRecipe(sources.label(spec), source.split, reading, documents, len(ids), number)
+    return _Cut(rows[:number].contiguous(), rows[number:].contiguous(), tail, recipe)
 
 
 def _tokens(source: Source, name: str, needed: int | None, request: _Request) -> tuple[Tensor, int, str]:
-    """Token ids `[tokens]` of the texts joined, how many texts they are, and which."""
+    """Token ids `[tokens]` of the joined texts, the number of texts, and which of the source they are."""
     if needed is None or not source.rows_apart:
         texts = [text for text in source.documents if text is not None]
         return _tokenise(name, texts, request), len(texts), "whole"
@@ -238,15 +239,15 @@ def _tokens(source: Source, name: str, needed: int | None, request: _Request) ->
 
 def _take(documents: Sequence[str | None], order: Sequence[int], enough: int | None) -> list[str]:
     """Texts in this order until they hold `enough` characters; rows without a text are passed over."""
-    taken: list[str] = []
+    texts: list[str] = []
     characters = 0
     for index in order:
         if enough is not None and characters >= enough:
             break
         if (text := documents[index]) is not None:
-            taken.append(text)
+            texts.append(text)
             characters += len(text)
-    return taken
+    return texts
 
 
 def _tokenise(name: str, texts: Sequence[str], request: _Request) -> Tensor:
@@ -283,5 +284,5 @@ def _written_windows(model: Any, count: int | None, request: _Request) -> _Cut:
     else:
         lead = _lead(request.tokenizer, "a") if request.bos == "start" else []
     ids = write_windows(model, request.tokenizer, lead, count, request.length, request.generator)
-    recipe = PartRecipe("self", "all", "written by the model", len(ids), ids.numel(), len(ids))
+    recipe = SourceRecipe("self", "all", "written by the model", len(ids), ids.numel(), len(ids))
     return _Cut(ids, ids[:0], ids.flatten()[:0], recipe)

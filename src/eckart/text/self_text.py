@@ -65,9 +65,9 @@ def _write(
     progress: Callable[[int, int], None],
 ) -> Tensor:
     """Ids `[rows, length]` that go on from `ids`."""
-    name, cache, fed = kv_cache.keyword(model), None, ids
+    name, cache, new_ids = kv_cache.keyword(model), None, ids
     while ids.shape[1] < length:
-        out = model(input_ids=fed.to(model.device), use_cache=True, **{name: cache})
+        out = model(input_ids=new_ids.to(model.device), use_cache=True, **{name: cache})
         logits = out.logits[:, -1].float().cpu()[:, ordinary]
         if not logits.isfinite().all():
             raise NumericalError("self: the model's logits hold NaN or infinity; calibrate on a text instead.")
@@ -75,7 +75,7 @@ def _write(
         ids = torch.cat([ids, ordinary[drawn]], dim=1)
         progress(ids.shape[1], length)
         cache = kv_cache.of(out)
-        fed = ids if cache is None else ids[:, -1:]  # a model without such a cache reads from the start again
+        new_ids = ids if cache is None else ids[:, -1:]  # a model without such a cache reads from the start again
     return ids[:, :length]
 
 

@@ -27,7 +27,7 @@ _BRACKETS = r"(?![^\[]*\])"  # not inside a slice such as train[:10%]
 
 
 @dataclass(frozen=True)
-class Part:
+class SourceSpec:
     """One source of a spec, as parsed; an empty field means the default. `windows` is its count, if it has one."""
 
     kind: Kind
@@ -47,12 +47,12 @@ class Source:
     rows_apart: bool  # rows are texts of their own: a part of them will do, in any order
 
 
-def parse_spec(spec: str) -> list[Part]:
+def parse_spec(spec: str) -> list[SourceSpec]:
     """The sources of a spec, in order. Raises `DataError` for an empty one, too many fields or a count of 0."""
-    return [_parse_part(part.strip(), spec) for part in re.split("," + _BRACKETS, spec)]
+    return [_parse_source(text.strip(), spec) for text in re.split("," + _BRACKETS, spec)]
 
 
-def _parse_part(text: str, spec: str) -> Part:
+def _parse_source(text: str, spec: str) -> SourceSpec:
     counted = re.fullmatch(r"(.*):(\d+)", text)
     source, windows = (counted[1], int(counted[2])) if counted else (text, None)
     if windows == 0:
@@ -60,42 +60,42 @@ def _parse_part(text: str, spec: str) -> Part:
     if file := _FILE.fullmatch(source):
         if file["column"] and file["name"].endswith(".txt"):
             raise DataError(f"{source}: a .txt file has no columns; name it without {':' + file['column']!r}.")
-        return Part("file", file["name"], column=file["column"] or "", windows=windows)
+        return SourceSpec("file", file["name"], column=file["column"] or "", windows=windows)
     name, *fields = re.split(":" + _BRACKETS, source)
     if not name:
         raise DataError(f"{spec!r}: a source has no name; write SOURCE or SOURCE:WINDOWS, with commas between.")
     if name == "python-docs" and (not fields or fields in (["first"], ["second"], ["all"])):
-        return Part("python-docs", name, split=fields[0] if fields else "", windows=windows)
+        return SourceSpec("python-docs", name, split=fields[0] if fields else "", windows=windows)
     if name == "self" and not fields:
-        return Part("self", name, windows=windows)
+        return SourceSpec("self", name, windows=windows)
     if name in ("python-docs", "self"):
         raise DataError(f"{source}: write python-docs:first, python-docs:second, python-docs:all, or just {name}.")
     if len(fields) > 3:
         raise DataError(f"{source}: has {len(fields) + 1} fields; a corpus of the hub is name:config:split:column.")
     config, split, column = (*fields, "", "", "")[:3]
-    return Part("hub", name, config, split, column, windows)
+    return SourceSpec("hub", name, config, split, column, windows)
 
 
-def label(part: Part) -> str:
+def label(spec: SourceSpec) -> str:
     """The part as it would be written, without its count."""
-    fields = (part.name, part.config, part.split, part.column)
+    fields = (spec.name, spec.config, spec.split, spec.column)
     return ":".join(fields).rstrip(":")
 
 
-def read(part: Part, purpose: Purpose) -> Source:
+def read(spec: SourceSpec, purpose: Purpose) -> Source:
     """The documents of a source. Raises `DataError` that names it when it is unknown or unreadable."""
-    if part.kind == "python-docs":
-        half = part.split or HALVES[purpose]
+    if spec.kind == "python-docs":
+        half = spec.split or HALVES[purpose]
         return Source(_python_docs(half), half, rows_apart=False)
-    if part.kind == "hub":
-        return _read_hub(part, purpose)
-    path = Path(part.name)
+    if spec.kind == "hub":
+        return _read_hub(spec, purpose)
+    path = Path(spec.name)
     try:
         if path.suffix == ".txt":
             return Source([path.read_bytes().decode()], "all", rows_apart=False)
-        return Source(_read_table(path, part.column), "all", rows_apart=True)
+        return Source(_read_table(path, spec.column), "all", rows_apart=True)
     except FileNotFoundError:
-        raise DataError(_no_such(part.name)) from None
+        raise DataError(_no_such(spec.name)) from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
     except OSError as error:
@@ -173,12 +173,12 @@ def _read_parquet(path: Path, column: str) -> list[str | None]:
     return texts
 
 
-def _choose_column(name: str, asked: str, columns: Sequence[str], strings: Sequence[str]) -> str:
+def _choose_column(name: str, column: str, columns: Sequence[str], strings: Sequence[str]) -> str:
     """The column asked for, else `text`, else the only one of strings."""
-    if asked:
-        if asked not in strings:
-            raise DataError(f"{name}: has no column {asked!r} of strings; its columns are {', '.join(columns)}.")
-        return asked
+    if column:
+        if column not in strings:
+            raise DataError(f"{name}: has no column {column!r} of strings; its columns are {', '.join(columns)}.")
+        return column
     if "text" in strings:
         return "text"
     if len(strings) != 1:
@@ -189,29 +189,29 @@ def _choose_column(name: str, asked: str, columns: Sequence[str], strings: Seque
     return strings[0]
 
 
-def _read_hub(part: Part, purpose: Purpose) -> Source:
+def _read_hub(spec: SourceSpec, purpose: Purpose) -> Source:
     """A corpus of the hub, or of a local folder in its layout."""
-    if Path(part.name).is_file():
-        raise DataError(f"{part.name}: the name of a file must end in {', '.join(ENDINGS)}.")
-    if part.name not in KNOWN and difflib.get_close_matches(part.name, KNOWN, cutoff=0.7):
-        raise DataError(_no_such(part.name))  # a slip of the pen; asking the hub would take half a minute
-    split = part.split or {"calibration": "train", "evaluation": "test"}[purpose]
-    path, config, column = part.name, part.config or None, part.column
+    if Path(spec.name).is_file():
+        raise DataError(f"{spec.name}: the name of a file must end in {', '.join(ENDINGS)}.")
+    if spec.name not in KNOWN and difflib.get_close_matches(spec.name, KNOWN, cutoff=0.7):
+        raise DataError(_no_such(spec.name))  # a slip of the pen; asking the hub would take half a minute
+    split = spec.split or {"calibration": "train", "evaluation": "test"}[purpose]
+    path, config, column = spec.name, spec.config or None, spec.column
     options: dict[str, Any] = {}
-    if part.name == "wikitext2":
+    if spec.name == "wikitext2":
         path, config, column = "Salesforce/wikitext", config or "wikitext-2-raw-v1", column or "text"
-    elif part.name == "ptb":
+    elif spec.name == "ptb":
         path, column = "ptb-text-only/ptb_text_only", column or "sentence"
         options = {"revision": "refs/convert/parquet"}  # the original is a script, which datasets no longer runs
-    elif part.name == "c4":
+    elif spec.name == "c4":
         split = "validation" if split == "test" else split
         shard = "c4-train.00000-of-01024" if split.startswith("train") else "c4-validation.00000-of-00008"
         path, column = "allenai/c4", column or "text"
         options = {"data_files": {split.partition("[")[0]: f"en/{shard}.json.gz"}}
-    dataset = _load_dataset(part.name, path, config, split, options)
+    dataset = _load_dataset(spec.name, path, config, split, options)
     strings = [name for name, kind in dataset.features.items() if getattr(kind, "dtype", "").endswith("string")]
-    texts = dataset[_choose_column(label(part), column, dataset.column_names, strings)]
-    return Source(texts, split, rows_apart=part.name not in ("wikitext2", "ptb"))
+    texts = dataset[_choose_column(label(spec), column, dataset.column_names, strings)]
+    return Source(texts, split, rows_apart=spec.name not in ("wikitext2", "ptb"))
 
 
 def _load_dataset(name: str, path: str, config: str | None, split: str, options: dict[str, Any]) -> Any:
