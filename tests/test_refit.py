@@ -12,7 +12,7 @@ from eckart.plans.plan import Plan
 from eckart.portable.linear import share_basis_, swap_, weight_view
 from eckart.recipes import find
 from eckart.refiners.base import Refinement
-from eckart.refiners.refit_coefficients import RefitCoefficients, correction
+from eckart.refiners.refit_coefficients import RefitCoefficients, coefficient_change
 from eckart.storages.pair import FactorizedLinear
 from eckart.testing import tiny_models
 from eckart.types import Entry
@@ -25,16 +25,16 @@ def normal(*shape, seed=0):
 def test_refit_equals_a_least_squares_solver():
     weight, basis, coefficients, x = normal(7, 12), normal(4, 12, seed=1), normal(7, 4, seed=2), normal(50, 12, seed=3)
     solved = torch.linalg.lstsq(x @ basis.T, x @ weight.T).solution.T
-    found = coefficients + correction(weight - coefficients @ basis, basis, x.T @ x, 1e-14)
+    found = coefficients + coefficient_change(weight - coefficients @ basis, basis, x.T @ x, 1e-14)
     torch.testing.assert_close(found, solved, rtol=1e-10, atol=1e-10)
 
 
 def test_directions_without_data_keep_their_coefficients():
     weight, basis, coefficients = normal(7, 12), normal(4, 12, seed=1), normal(7, 4, seed=2)
     residual = weight - coefficients @ basis
-    assert not correction(residual, basis, torch.zeros(12, 12).double(), 1e-6).any()
+    assert not coefficient_change(residual, basis, torch.zeros(12, 12).double(), 1e-6).any()
     x = normal(2, 12, seed=3)  # fewer tokens than ranks: the fit on them is perfect, the rest stays
-    found = coefficients + correction(residual, basis, x.T @ x, 1e-9)
+    found = coefficients + coefficient_change(residual, basis, x.T @ x, 1e-9)
     torch.testing.assert_close(x @ basis.T @ found.T, x @ weight.T, rtol=1e-5, atol=1e-5)
     unseen = torch.linalg.svd(x @ basis.T).Vh[2:]  # directions of the basis that x never enters
     torch.testing.assert_close(found @ unseen.T, coefficients @ unseen.T, rtol=1e-4, atol=1e-4)

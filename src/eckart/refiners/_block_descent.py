@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from eckart.refiners._block_forms import BlockForm, Factors
+from eckart.refiners._block_forms import BlockFactors, BlockForm
 from eckart.refiners._two_streams import AtBlock
 
 CLIP = 1.0  # of the common gradient norm
@@ -35,31 +35,31 @@ class Descent:
     """`best` error on held-out windows with its `factors`, after how many `steps` the descent ended."""
 
     best: float
-    factors: Factors
+    factors: BlockFactors
     steps: int
 
 
 class BlockError:
-    """The output error of one block for given factors. `goals[i]` is what batch i should give.
+    """The output error of one block for given factors. `aims[i]` is what batch i should give.
 
     With a `metric` G `[width, width]` squares are `e^T G e` for each token, without one `e^T e`.
     """
 
-    def __init__(self, here: AtBlock, goals: Sequence[Tensor], metric: Tensor | None = None) -> None:
-        self.here, self.goals, self.metric = here, goals, metric
-        self.sizes = [float(self._square(goal.double())) for goal in goals]
+    def __init__(self, here: AtBlock, aims: Sequence[Tensor], metric: Tensor | None = None) -> None:
+        self.here, self.aims, self.metric = here, aims, metric
+        self.sizes = [float(self._square(aim.double())) for aim in aims]
 
-    def of(self, factors: Factors, index: int) -> Tensor:
+    def of(self, factors: BlockFactors, index: int) -> Tensor:
         """Relative squared error on batch `index`, differentiable in the factors."""
         return self._squares(factors, index) / max(self.sizes[index], 1e-30)
 
     @torch.no_grad()
-    def over(self, factors: Factors, batches: Sequence[int]) -> float:
+    def over(self, factors: BlockFactors, batches: Sequence[int]) -> float:
         """Relative squared error over several batches; empty factors are the block as it is."""
         total = sum(self._squares(factors, index).double().item() for index in batches)
         return total / max(sum(self.sizes[index] for index in batches), 1e-30)
 
-    def _squares(self, factors: Factors, index: int) -> Tensor:
+    def _squares(self, factors: BlockFactors, index: int) -> Tensor:
         parameters = {
             f"{kind}.{part}.weight": tensor
             for kind, pair in factors.items()
@@ -70,7 +70,7 @@ class BlockError:
             return functional_call(self.here.block, parameters, args, kwargs)
 
         output = self.here.run(index, block)
-        return self._square(output - self.goals[index])
+        return self._square(output - self.aims[index])
 
     def _square(self, e: Tensor) -> Tensor:
         return e.square().sum() if self.metric is None else (e * (e @ self.metric.to(e.dtype))).sum()
@@ -120,5 +120,5 @@ def _flat(errors: Sequence[float], stop: float) -> bool:
 
 
 @torch.no_grad()
-def _detached(factors: Factors) -> Factors:
+def _detached(factors: BlockFactors) -> BlockFactors:
     return {kind: (basis.detach().clone(), c.detach().clone()) for kind, (basis, c) in factors.items()}

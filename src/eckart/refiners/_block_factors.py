@@ -8,26 +8,26 @@ import torch
 from torch import Tensor, nn
 
 from eckart.errors import DataError, NumericalError
-from eckart.refiners._block_forms import Factors
+from eckart.refiners._block_forms import BlockFactors
 from eckart.refiners.base import Refinement
 from eckart.storages import FactorizedLayer
 from eckart.types import Target
 
 
-def plain_pairs(work: Refinement) -> frozenset[str]:
+def plain_pairs(refinement: Refinement) -> frozenset[str]:
     """Names of the factorised targets that are a plain pair of factors, without preserved columns."""
     return frozenset(
         name
-        for name, layer in work.model.named_modules()
-        if name in work.dense_weights and isinstance(layer, FactorizedLayer) and layer.refinable
+        for name, layer in refinement.model.named_modules()
+        if name in refinement.dense_weights and isinstance(layer, FactorizedLayer) and layer.refinable
     )
 
 
-def refinable(work: Refinement) -> frozenset[str]:
+def refinable(refinement: Refinement) -> frozenset[str]:
     """Names of the targets that are a plain pair with a basis of their own, so that both factors may change."""
-    layers = {n: m for n, m in work.model.named_modules() if isinstance(m, FactorizedLayer)}
+    layers = {n: m for n, m in refinement.model.named_modules() if isinstance(m, FactorizedLayer)}
     readers = Counter(id(layer.basis.weight) for layer in layers.values())
-    return frozenset(name for name in plain_pairs(work) if readers[id(layers[name].basis.weight)] == 1)
+    return frozenset(name for name in plain_pairs(refinement) if readers[id(layers[name].basis.weight)] == 1)
 
 
 def split_windows(
@@ -47,7 +47,7 @@ def split_windows(
     return [*train, *rest], list(range(len(train))), list(range(len(train), len(train) + len(rest)))
 
 
-def factors_of(block: nn.Module, targets: Sequence[Target]) -> Factors:
+def factors_of(block: nn.Module, targets: Sequence[Target]) -> BlockFactors:
     """Copies of the factors that are in the block."""
     layers = {target.kind: block.get_submodule(target.kind) for target in targets}
     return {
@@ -58,7 +58,7 @@ def factors_of(block: nn.Module, targets: Sequence[Target]) -> Factors:
 
 
 @torch.no_grad()
-def put_(block: nn.Module, factors: Factors) -> None:
+def put_(block: nn.Module, factors: BlockFactors) -> None:
     """Copy factors into the block's layers. Raises `NumericalError` naming the layer for NaN or infinity."""
     for kind, (basis, coefficients) in factors.items():
         layer = block.get_submodule(kind)

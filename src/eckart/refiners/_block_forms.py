@@ -17,7 +17,7 @@ from torch import Tensor
 from eckart.linalg import damped
 from eckart.maths.subspace import ProjectedAdam, orthonormal, top_subspace
 
-Factors = dict[str, tuple[Tensor, Tensor]]  # kind -> basis [rank, in], coefficients [out, rank]
+BlockFactors = dict[str, tuple[Tensor, Tensor]]  # kind -> basis [rank, in], coefficients [out, rank]
 
 BETAS = (0.9, 0.95)
 
@@ -26,7 +26,7 @@ class BlockForm(ABC):
     """The learned state of one block's factorised linears, by their kind, with its optimiser."""
 
     @abstractmethod
-    def factors(self) -> Factors:
+    def factors(self) -> BlockFactors:
         """The factors of the present state; gradients flow from them to what is learned."""
 
     @abstractmethod
@@ -64,12 +64,12 @@ class Subspaces(BlockForm):
             self.points[kind] = orthonormal(inside).requires_grad_()
         self.adam = ProjectedAdam(list(self.points.values()), BETAS)
 
-    def factors(self) -> Factors:
-        made = {}
+    def factors(self) -> BlockFactors:
+        factors = {}
         for kind, point in self.points.items():
             frame = self.frames[kind]
-            made[kind] = tied(point if frame is None else frame @ point, self.weights[kind])
-        return made
+            factors[kind] = tied(point if frame is None else frame @ point, self.weights[kind])
+        return factors
 
     def leaves(self) -> list[Tensor]:
         return list(self.points.values())
@@ -106,14 +106,14 @@ class Whitenings(BlockForm):
         self.moves = {kind: torch.zeros_like(root).requires_grad_() for kind, root in self.roots.items()}
         self.adam = torch.optim.Adam(list(self.moves.values()), betas=BETAS)
 
-    def factors(self) -> Factors:
-        made = {}
+    def factors(self) -> BlockFactors:
+        factors = {}
         for kind, root in self.roots.items():
             weight = self.weights[kind]
             whitening = root + root @ self.moves[kind].tril()
             point = top_subspace(whitening, weight, self.ranks[kind], self.softening)
-            made[kind] = tied(point, weight)
-        return made
+            factors[kind] = tied(point, weight)
+        return factors
 
     def leaves(self) -> list[Tensor]:
         return list(self.moves.values())
@@ -125,7 +125,7 @@ class Whitenings(BlockForm):
 class FreeFactors(BlockForm):
     """Basis and coefficients, each on its own, from a given start."""
 
-    def __init__(self, start: Factors) -> None:
+    def __init__(self, start: BlockFactors) -> None:
         self.pairs = {
             kind: (precise(basis).clone().requires_grad_(), precise(coefficients).clone().requires_grad_())
             for kind, (basis, coefficients) in start.items()
@@ -133,7 +133,7 @@ class FreeFactors(BlockForm):
         self.dtypes = {kind: basis.dtype for kind, (basis, _) in start.items()}
         self.adam = torch.optim.Adam(self.leaves(), betas=BETAS)
 
-    def factors(self) -> Factors:
+    def factors(self) -> BlockFactors:
         return {kind: (b.to(self.dtypes[kind]), c.to(self.dtypes[kind])) for kind, (b, c) in self.pairs.items()}
 
     def leaves(self) -> list[Tensor]:

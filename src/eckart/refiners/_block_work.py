@@ -7,7 +7,7 @@ from torch import nn
 
 from eckart.plans.plan import Plan
 from eckart.refiners._block_factors import put_
-from eckart.refiners._block_forms import Factors
+from eckart.refiners._block_forms import BlockFactors
 from eckart.refiners.base import Refinement
 from eckart.support.versions import versions
 from eckart.support.work import Key, WorkFolder
@@ -16,36 +16,36 @@ from eckart.support.work import Key, WorkFolder
 class BlockWork:
     """Pieces of one refiner with these options on this model, plan and windows; of no other run.
 
-    Hidden states are not kept: who resumes runs its streams through the finished blocks again.
+    Hidden states are not kept: a resumed run takes its streams through the finished blocks again.
     """
 
-    def __init__(self, work: Refinement, refiner: str, options: Mapping[str, Any]) -> None:
+    def __init__(self, refinement: Refinement, refiner: str, options: Mapping[str, Any]) -> None:
         key = Key(
             "blocks",
             refiner=refiner,
             options=options,
-            model=work.model,
-            blocks=work.layout.blocks,
-            plan=Plan(work.plan.entries).to_dict(),
-            dense_weights=work.dense_weights,
-            windows=work.windows,
-            unseen=work.unseen,
+            model=refinement.model,
+            blocks=refinement.layout.blocks,
+            plan=Plan(refinement.plan.entries).to_dict(),
+            dense_weights=refinement.dense_weights,
+            windows=refinement.windows,
+            unseen=refinement.unseen,
             versions=versions(),
         )
-        self.folder = WorkFolder(work.work, key)
+        self.folder = WorkFolder(refinement.work, key)
 
     def restore_(self, index: int, block: nn.Module) -> dict[str, Any] | None:
         """Put the finished factors of block `index` in and return its notes; None if it is not finished."""
-        found = self.folder.find(f"block-{index:04d}")
-        if found is None:
+        record = self.folder.find(f"block-{index:04d}")
+        if record is None:
             return None
-        tensors, notes = found
+        tensors, notes = record
         for kind in {name.rpartition(".")[0].rpartition(".")[0] for name in tensors}:
             put_(block, {kind: (tensors[f"{kind}.basis.weight"], tensors[f"{kind}.coefficients.weight"])})
         return notes
 
-    def keep(self, index: int, factors: Factors, notes: Mapping[str, Any]) -> None:
+    def write(self, index: int, factors: BlockFactors, notes: Mapping[str, Any]) -> None:
         """Write what a finished block ended with."""
         tensors = {f"{kind}.basis.weight": basis for kind, (basis, _) in factors.items()}
         tensors |= {f"{kind}.coefficients.weight": coefficients for kind, (_, coefficients) in factors.items()}
-        self.folder.keep(f"block-{index:04d}", tensors, notes)
+        self.folder.write(f"block-{index:04d}", tensors, notes)

@@ -22,10 +22,10 @@ from eckart.statistics.sweep import backward
 LABELS = frozenset({Need.GRADIENT_GRAM})  # sampled from the model's own predictions
 
 
-def residual_metrics(work: Refinement, windows: Tensor, shrinkage: float, seed: int) -> list[Tensor]:
+def residual_metrics(refinement: Refinement, windows: Tensor, shrinkage: float, seed: int) -> list[Tensor]:
     """The metric `[width, width]` at each block's output of the dense model, float32, in forward order."""
-    with dense_again(work.model, work.dense_weights):
-        grams = residual_grams(work.model, work.layout, windows, seed=seed, progress=work.progress)
+    with dense_again(refinement.model, refinement.dense_weights):
+        grams = residual_grams(refinement.model, refinement.layout, windows, seed=seed, progress=refinement.progress)
     return [shrunk(gram.matrix, shrinkage).float() for gram in grams]
 
 

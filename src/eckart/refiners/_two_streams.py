@@ -1,8 +1,7 @@
 """Two streams of hidden states, dense and compressed, that pass a half-compressed model block by block.
 
-The compressed stream is what the next block will really be fed; the dense one is what it should have
-been fed. Unlike `sweep`, which only listens, this is the ground for methods that change a block and
-then move on: nothing here grows with depth.
+The compressed stream is what the next block will really read; the dense one is what it should read. Unlike `sweep`,
+which only collects, this is for methods that change a block and then move on. Memory does not grow with depth.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from eckart.refiners.base import Refinement
 from eckart.statistics.sums import Gram
 from eckart.types import Target
 
-Goal = Literal["anchored", "same_input"]
+Aim = Literal["anchored", "same_input"]
 
 
 @dataclass(frozen=True)
@@ -40,14 +39,14 @@ class AtBlock:
     def block(self) -> torch.nn.Module:
         return self.at.block
 
-    def goals(self, dense_weights: Mapping[str, Tensor], goal: Goal) -> list[Tensor]:
-        """What the compressed block shall give, batch by batch.
+    def aims(self, dense_weights: Mapping[str, Tensor], aim: Aim) -> list[Tensor]:
+        """What the compressed block should give, batch by batch.
 
         `anchored` is the dense block on dense inputs, so that inherited error is to be undone; it moves the
         dense stream past the block. `same_input` is the dense block on the compressed inputs.
         """
         with torch.no_grad(), dense_again(self.block, dense_weights, self.targets):
-            if goal == "same_input":
+            if aim == "same_input":
                 return self.at.outputs(self.compressed)
             self.at.advance(self.dense)
             return list(self.dense.states)
@@ -75,16 +74,16 @@ class AtBlock:
         return gram
 
 
-def two_streams(work: Refinement, batches: Sequence[Tensor], stage: str = "") -> Iterator[AtBlock]:
-    """Yield one block after another, both streams before it; the compressed one is moved past what it has become.
+def two_streams(refinement: Refinement, batches: Sequence[Tensor], stage: str = "") -> Iterator[AtBlock]:
+    """Yield one block after another, both streams before it; then the compressed one is moved past the changed block.
 
-    `batches[i]` is `[batch, length]` token ids. Before the first block both streams are the same. Whoever wants the
-    dense stream moved asks for its `goals`.
+    `batches[i]` is `[batch, length]` token ids. Before the first block both streams are the same. The dense
+    stream is moved by `AtBlock.aims` alone.
     """
-    residence = residence_of(work.model, work.layout)
-    compressed = open_stream(work.model, residence, batches)
+    residence = residence_of(refinement.model, refinement.layout)
+    compressed = open_stream(refinement.model, residence, batches)
     dense = compressed.branch()
-    for at in walk(residence, stage=stage, progress=work.progress):
-        yield AtBlock(at, dense, compressed, work.layout.in_block(at.index))
+    for at in walk(residence, stage=stage, progress=refinement.progress):
+        yield AtBlock(at, dense, compressed, refinement.layout.in_block(at.index))
         with torch.no_grad():
             at.advance(compressed)

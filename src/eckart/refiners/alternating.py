@@ -53,39 +53,42 @@ class Alternating(Refiner):
             raise OptionError(f"alternating.held_out is {self.held_out:g}, but must lie in (0, 1).")
 
     @torch.no_grad()
-    def refine_(self, work: Refinement) -> None:
-        batches, train, held_out = split_windows(work.windows, self.batch, self.held_out)
-        finished, able = BlockWork(work, "alternating", asdict(self)), refinable(work)
-        for here in two_streams(work, batches, stage="alternate"):
-            goals = here.goals(work.dense_weights, self.target)
+    def refine_(self, refinement: Refinement) -> None:
+        batches, train, held_out = split_windows(refinement.windows, self.batch, self.held_out)
+        finished, changeable = BlockWork(refinement, "alternating", asdict(self)), refinable(refinement)
+        for here in two_streams(refinement, batches, stage="alternate"):
+            aims = here.aims(refinement.dense_weights, self.target)
             notes = finished.restore_(here.index, here.block)
             if notes is None:
-                notes = self._regress(work, here, able, goals, (train, held_out))
-                changed = [target for target in here.targets if target.name in able]
-                finished.keep(here.index, factors_of(here.block, changed), notes)
-            work.notes.append(notes)
+                notes = self._regress(refinement, here, changeable, aims, (train, held_out))
+                changed = [target for target in here.targets if target.name in changeable]
+                finished.write(here.index, factors_of(here.block, changed), notes)
+            refinement.notes.append(notes)
 
     def _regress(
         self,
-        work: Refinement,
+        refinement: Refinement,
         here: AtBlock,
-        able: Collection[str],
-        goals: Sequence[Tensor],
-        parts: tuple[Sequence[int], Sequence[int]],
+        changeable: Collection[str],
+        aims: Sequence[Tensor],
+        split: tuple[Sequence[int], Sequence[int]],
     ) -> dict[str, Any]:
-        """Try every step on one block, keep those that gain, and return its notes; `parts` train and are held out."""
-        train, held_out = parts
-        error = BlockError(here, goals)
+        """Try every step on one block, keep those that gain, and return its notes.
+
+        `split` has the numbers of the batches that train and of those that are held out.
+        """
+        train, held_out = split
+        error = BlockError(here, aims)
         before = lowest = error.over({}, held_out)
         if not before < torch.inf:
             raise NumericalError(f"block {here.index}: its output holds NaN or infinity before any step.")
         kept = tried = 0
         for stage in here.stages() * self.sweeps:
-            chosen = [target for target in stage if target.name in able]
+            chosen = [target for target in stage if target.name in changeable]
             if not chosen:
                 continue
             old, tried = factors_of(here.block, chosen), tried + 1
-            self._step(work, here, stage, chosen, goals, train)
+            self._step(refinement, here, stage, chosen, aims, train)
             now = error.over({}, held_out)
             if now < lowest:
                 lowest, kept = now, kept + 1
@@ -95,41 +98,41 @@ class Alternating(Refiner):
 
     def _step(
         self,
-        work: Refinement,
+        refinement: Refinement,
         here: AtBlock,
         stage: Sequence[Target],
         chosen: Sequence[Target],
-        goals: Sequence[Tensor],
+        aims: Sequence[Tensor],
         train: Sequence[int],
     ) -> None:
         """Regress the matrices of one stage on what they read now."""
         gram = here.input_gram(chosen[0], train).matrix
-        writes = len(stage) == 1 and stage[0].out_features == goals[0].shape[-1]
+        writes = len(stage) == 1 and stage[0].out_features == aims[0].shape[-1]
         for target in chosen:
-            weight, layer = work.dense_weights[target.name], here.block.get_submodule(target.kind)
+            weight, layer = refinement.dense_weights[target.name], here.block.get_submodule(target.kind)
             assert isinstance(layer, FactorizedLayer)
             cross = weight.double() @ gram
             if writes and self.share > 0:
-                cross = blend(cross, missing_cross(here, target, goals, train), self.share)
+                cross = blend(cross, missing_cross(here, target, aims, train), self.share)
             basis, coefficients = regress(weight, cross, gram, layer.rank, self.damping)
             put_(here.block, {target.kind: (basis.to(weight.dtype), coefficients.to(weight.dtype))})
 
 
-def missing_cross(here: AtBlock, target: Target, goals: Sequence[Tensor], batches: Sequence[int]) -> Tensor:
-    """`T Z^T` `[out, in]`, float64: inputs Z of the layer, T what it would have to give to reach the goals.
+def missing_cross(here: AtBlock, target: Target, aims: Sequence[Tensor], batches: Sequence[int]) -> Tensor:
+    """`T Z^T` `[out, in]`, float64: inputs Z of the layer, T what it would have to give to reach the aims.
 
     All that the block adds besides the layer's output is held fixed, which is exact for the last
     matrix that writes to the residual stream.
     """
-    total = torch.zeros(target.out_features, target.in_features, dtype=torch.float64, device=goals[0].device)
+    total = torch.zeros(target.out_features, target.in_features, dtype=torch.float64, device=aims[0].device)
     bias = operator(here.block, target.kind).bias
     with Recorder(here.block, [target]) as recorder:
         for batch in batches:
             output = here.run(batch)
             for z, members in recorder.by_input():
                 own = members[0][1] if bias is None else members[0][1] - bias
-                wanted = (goals[batch] - output).reshape(-1, own.shape[-1]) + own.reshape(-1, own.shape[-1])
-                total += wanted.T @ z.reshape(-1, z.shape[-1])
+                ideal = (aims[batch] - output).reshape(-1, own.shape[-1]) + own.reshape(-1, own.shape[-1])
+                total += ideal.T @ z.reshape(-1, z.shape[-1])
     return total
 
 

@@ -53,8 +53,8 @@ class Refiner(ABC):
         return True
 
     @abstractmethod
-    def refine_(self, work: Refinement) -> None:
-        """Change the factors of `work.model` in place.
+    def refine_(self, refinement: Refinement) -> None:
+        """Change the factors of `refinement.model` in place.
 
         Raises `NumericalError` naming the module when a result is not finite.
         """

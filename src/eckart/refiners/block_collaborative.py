@@ -88,25 +88,25 @@ class BlockCollaborative(Refiner):
                 "those that are in place are not; use block_collaborative.form=free."
             )
 
-    def refine_(self, work: Refinement) -> None:
-        unseen = work.unseen if self.start == "found" else None
-        batches, train, held_out = split_windows(work.windows, self.batch, self.held_out, unseen)
-        finished = BlockWork(work, "block_collaborative", asdict(self))
+    def refine_(self, refinement: Refinement) -> None:
+        unseen = refinement.unseen if self.start == "found" else None
+        batches, train, held_out = split_windows(refinement.windows, self.batch, self.held_out, unseen)
+        finished = BlockWork(refinement, "block_collaborative", asdict(self))
         metrics: list[Tensor] | None = None
         if self.metric == "gradient":  # of the training windows: what is held out trains nothing
             trained = torch.cat([batches[number] for number in train])
-            metrics = residual_metrics(work, trained, self.gradient_shrinkage, self.seed)
-        able = refinable(work)
-        for here in two_streams(work, batches):
+            metrics = residual_metrics(refinement, trained, self.gradient_shrinkage, self.seed)
+        changeable = refinable(refinement)
+        for here in two_streams(refinement, batches):
             metric = None if metrics is None else metrics[here.index]
-            job = _Job(self, work, here, able, train, held_out, metric)
+            job = _Job(self, refinement, here, changeable, train, held_out, metric)
             notes = finished.restore_(here.index, here.block)
             if notes is None:
                 notes = job.collaborate()
-                finished.keep(here.index, factors_of(here.block, job.chosen), notes)
+                finished.write(here.index, factors_of(here.block, job.chosen), notes)
             else:
-                job.goals()  # the dense stream still has to pass the block
-            work.notes.append(notes)
+                job.aims()  # the dense stream still has to pass the block
+            refinement.notes.append(notes)
 
 
 @dataclass
@@ -114,16 +114,16 @@ class _Job:
     """One block: start, descend, keep the best or roll back, put the factors in."""
 
     options: BlockCollaborative
-    work: Refinement
+    refinement: Refinement
     here: AtBlock
-    able: frozenset[str]
+    changeable: frozenset[str]
     train: Sequence[int]
     held_out: Sequence[int]
     metric: Tensor | None = None
     chosen: list[Target] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.chosen = [target for target in self.here.targets if target.name in self.able]
+        self.chosen = [target for target in self.here.targets if target.name in self.changeable]
 
     @property
     def index(self) -> int:
@@ -133,21 +133,22 @@ class _Job:
     def block(self) -> nn.Module:
         return self.here.block
 
-    def goals(self) -> list[Tensor]:
-        return self.here.goals(self.work.dense_weights, self.options.target)
+    def aims(self) -> list[Tensor]:
+        return self.here.aims(self.refinement.dense_weights, self.options.target)
 
     def collaborate(self) -> dict[str, Any]:
         """The block ends with the best factors seen, and returns its notes."""
-        error = BlockError(self.here, self.goals(), self.metric)
+        error = BlockError(self.here, self.aims(), self.metric)
         notes: dict[str, Any] = {"refiner": "block_collaborative", "block": self.index}
         if self.chosen:
             notes |= self._descend(error)
-        if left := [t.kind for t in self.here.targets if t.name in self.work.dense_weights and t.name not in self.able]:
+        others = [target for target in self.here.targets if target.name not in self.changeable]
+        if left := [target.kind for target in others if target.name in self.refinement.dense_weights]:
             notes["left_alone"] = left
         return notes
 
     def _descend(self, error: BlockError) -> dict[str, Any]:
-        safe = made = Descent(error.over({}, self.held_out), factors_of(self.block, self.chosen), 0)
+        safe = descent = Descent(error.over({}, self.held_out), factors_of(self.block, self.chosen), 0)
         if not safe.best < torch.inf:
             raise NumericalError(f"block {self.index}: its output holds NaN or infinity before any step.")
         notes: dict[str, Any] = {"as_found": safe.best}
@@ -156,18 +157,18 @@ class _Job:
             layer_wise = error.over({}, self.held_out)
             if layer_wise < safe.best:
                 safe = Descent(layer_wise, factors_of(self.block, self.chosen), 0)
-            made = self._run(form, error, Schedule(*self._schedule("steps", "rate")))
-            notes |= {"layer_wise": layer_wise, "reached": made.best, "steps": made.steps}
+            descent = self._run(form, error, Schedule(*self._schedule("steps", "rate")))
+            notes |= {"layer_wise": layer_wise, "reached": descent.best, "steps": descent.steps}
         if self.options.form == "free":
-            notes |= {"tied": made.best} if self.options.start == "whitened" else {}
-            free = self._run(FreeFactors(made.factors), error, Schedule(*self._schedule("free_steps", "free_rate")))
-            made = free if free.best < made.best else made
-            notes |= {"reached": made.best, "free_steps": free.steps}
-        rolled_back = not made.best < (1 - GAIN) * safe.best
+            notes |= {"tied": descent.best} if self.options.start == "whitened" else {}
+            free = self._run(FreeFactors(descent.factors), error, Schedule(*self._schedule("free_steps", "free_rate")))
+            descent = free if free.best < descent.best else descent
+            notes |= {"reached": descent.best, "free_steps": free.steps}
+        rolled_back = not descent.best < (1 - GAIN) * safe.best
         if rolled_back:
-            made = safe
+            descent = safe
             log.warning("block %d: no gain on held-out windows; back to its layer-wise factors", self.index)
-        put_(self.block, made.factors)
+        put_(self.block, descent.factors)
         rounded = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in notes.items()}
         return {**rounded, "rolled_back": rolled_back}
 
@@ -177,10 +178,10 @@ class _Job:
 
     def _run(self, form: BlockForm, error: BlockError, schedule: Schedule) -> Descent:
         generator = torch.Generator().manual_seed(1_000_003 * self.options.seed + self.index)
-        total = 1 + max(target.block for target in self.work.layout.targets)
+        total = 1 + max(target.block for target in self.refinement.layout.targets)
 
         def stepped(done: int) -> None:
-            self.work.progress("collaborate", self.index * schedule.steps + done, total * schedule.steps)
+            self.refinement.progress("collaborate", self.index * schedule.steps + done, total * schedule.steps)
 
         return descend(form, error, self.train, self.held_out, schedule, generator, stepped)
 
@@ -192,7 +193,7 @@ class _Job:
         order = [stage for stage in order if stage]
         grams: dict[str, Gram] = {}
         if not options.refresh:
-            with dense_again(self.block, self.work.dense_weights, self.here.targets):
+            with dense_again(self.block, self.refinement.dense_weights, self.here.targets):
                 for stage in order:
                     gram = self.here.input_gram(stage[0], self.train)
                     grams |= {target.kind: gram for target in stage}
@@ -203,7 +204,7 @@ class _Job:
             for target in stage:
                 put_(self.block, {target.kind: self._whitened(target, grams[target.kind])})
         ran = [target for stage in order for target in stage]
-        weights = {target.kind: self.work.dense_weights[target.name] for target in ran}
+        weights = {target.kind: self.refinement.dense_weights[target.name] for target in ran}
         start = factors_of(self.block, ran)
         if options.form != "svd":
             return Subspaces(weights, {kind: coefficients for kind, (_, coefficients) in start.items()})
@@ -212,7 +213,7 @@ class _Job:
 
     def _whitened(self, target: Target, gram: Gram) -> tuple[Tensor, Tensor]:
         """The tied factors of SVD-LLM on this Gram: coefficients Q, basis `Q^T W`."""
-        weight = self.work.dense_weights[target.name]
+        weight = self.refinement.dense_weights[target.name]
         layer = self.block.get_submodule(target.kind)
         assert isinstance(layer, FactorizedLayer)
         _, point = Decomposition(weight, Metric(right=gram.side(self.options.damping))).truncate(layer.rank)

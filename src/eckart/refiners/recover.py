@@ -29,22 +29,23 @@ BETAS = (0.9, 0.95)  # a run has too few steps for a longer memory
 class Recover(Refiner):
     """Minimises KL(dense || compressed) over the factors; all else is frozen.
 
-    On the calibration windows, and on `written` more that the dense model writes itself, each from any one token on.
-    That is text of every kind, so that what is learned again is not the calibration text alone (LOG.md).
+    Trains on the calibration windows and on `written` more that the dense model writes itself, each from a random token
+    on: text of every kind, so that more is recovered than the calibration text (LOG.md).
 
     AdamW without weight decay, `windows_per_step` windows a step. The learning rate of a factor is `learning_rate`
-    times the root mean square of its entries, since the two factors of a matrix may differ tenfold in scale, for a
-    model that is 1 nat per token away from the dense one, and goes with the root of that KL, since the way
-    to go does; it rises over the first `warm_up` share of the steps and falls to zero along a cosine. Each epoch
-    cuts the text into windows anew, so that a token has another past every time. After each of `epochs` the
-    next-token loss is taken on text that the statistics have not seen, or, where there is none, on the last
-    `held_out` share of the windows, which are then not trained on. The factors that are best there are kept, those
-    from before if none is better. (Not by the KL there: a few thousand tokens are soon learned by heart, and a
-    model that is less sure where it was wrong predicts text better without being nearer to the dense one; LOG.md.
-    Both are noted.)
+    times the root mean square of its entries (the two factors of a matrix may differ tenfold in scale) times the root
+    of the KL from the dense model at the start, in nats per token, at most 1. It rises over the first `warm_up` share
+    of the steps and falls to zero along a cosine. Each epoch cuts the text into windows anew, so that every token
+    gets another past.
 
-    `label_weight` adds so much of the next-token loss on the text itself: that fits the model to this text, which is
-    more than recovery, and takes it away from others. With 0 the dense model is all that is learned from.
+    After each of `epochs` the next-token loss is taken on text that the statistics have not seen or, where there is
+    none, on the last `held_out` share of the windows, which are then not trained on. The factors with the lowest loss
+    are kept, those from before if none is lower. (The KL is noted, too, but does not decide: a few thousand tokens
+    are soon learned by heart, and a model that is less sure where it was wrong predicts text better without being
+    nearer to the dense one; LOG.md.)
+
+    `label_weight` is the weight of the next-token loss on the text itself. That fits the model to this text, which
+    is more than recovery, and makes it worse on others. With 0 it learns from the dense model alone.
     """
 
     epochs: int = 3
@@ -70,20 +71,20 @@ class Recover(Refiner):
         if not 0 <= self.warm_up < 1:
             raise OptionError(f"recover.warm_up is {self.warm_up:g}, but must lie in [0, 1).")
 
-    def refine_(self, work: Refinement) -> None:
-        layers = [work.model.get_submodule(name) for name in work.dense_weights]
+    def refine_(self, refinement: Refinement) -> None:
+        layers = [refinement.model.get_submodule(name) for name in refinement.dense_weights]
         factors = list({id(p): p for layer in layers for p in _factors(layer)}.values())
-        train, test = self._split(work)
+        train, test = self._split(refinement)
         if not factors:
             return
         if not len(test):
             log.warning("recover: nothing to judge on, one window and no text behind it; factors stay as they were")
             return
-        train = torch.cat([train, self._own_text(work, train)])
-        judged = _past_the_blocks(work, split_batches(test, 1))
-        reached, best = [_judge(work, judged)], _copy(factors)
+        train = torch.cat([train, self._own_text(refinement, train)])
+        judged = _past_the_blocks(refinement, split_batches(test, 1))
+        reached, best = [_judge(refinement, judged)], _copy(factors)
         steps = -(-len(train) // self.windows_per_step)
-        with _only_trained(work.model, factors):
+        with _only_trained(refinement.model, factors):
             rate = self.learning_rate * math.sqrt(min(1.0, max(0.0, reached[0][1])))
             groups = [{"params": [factor], "lr": rate * _root_mean_square(factor)} for factor in factors]
             optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
@@ -91,48 +92,55 @@ class Recover(Refiner):
             generator = torch.Generator().manual_seed(self.seed)
             for epoch in range(self.epochs):
                 ids = recut(train, epoch * train.shape[1] // self.epochs)
-                dense = _past_the_blocks(work, torch.split(ids, self.windows_per_step))
+                dense = _past_the_blocks(refinement, torch.split(ids, self.windows_per_step))
                 order = torch.randperm(steps, generator=generator).tolist()
-                for index in track(order, f"recover {epoch + 1}/{self.epochs}", steps, work.progress):
+                for index in track(order, f"recover {epoch + 1}/{self.epochs}", steps, refinement.progress):
                     optimizer.zero_grad()
                     with torch.enable_grad():
-                        self._loss(work, dense, index).backward()  # type: ignore[no-untyped-call]
+                        self._loss(refinement, dense, index).backward()  # type: ignore[no-untyped-call]
                     optimizer.step()
                     schedule.step()
-                reached.append(_judge(work, judged))
+                reached.append(_judge(refinement, judged))
                 if reached[-1] == min(reached):
                     best = _copy(factors)
         for factor, value in zip(factors, best, strict=True):
             factor.data.copy_(value)
         notes = {name: [float(f"{r[i]:.6g}") for r in reached] for i, name in enumerate(("loss", "kl"))}
-        work.notes.append({"refiner": "recover", **notes, "kept_epoch": reached.index(min(reached))})
+        refinement.notes.append({"refiner": "recover", **notes, "kept_epoch": reached.index(min(reached))})
 
-    def _split(self, work: Refinement) -> tuple[Tensor, Tensor]:
+    def _split(self, refinement: Refinement) -> tuple[Tensor, Tensor]:
         """The windows to train on, and those to judge on."""
-        if work.unseen is not None and len(work.unseen):
-            return work.windows, work.unseen
-        held = min(max(1, round(self.held_out * len(work.windows))), len(work.windows) - 1)
-        return work.windows[: len(work.windows) - held], work.windows[len(work.windows) - held :]
+        if refinement.unseen is not None and len(refinement.unseen):
+            return refinement.windows, refinement.unseen
+        windows = refinement.windows
+        aside = min(max(1, round(self.held_out * len(windows))), len(windows) - 1)
+        return windows[: len(windows) - aside], windows[len(windows) - aside :]
 
-    def _own_text(self, work: Refinement, train: Tensor) -> Tensor:
+    def _own_text(self, refinement: Refinement, train: Tensor) -> Tensor:
         """Windows that the dense model writes, `[written, length]`."""
         if not self.written:
             return train[:0]
-        if work.tokenizer is None:
+        if refinement.tokenizer is None:
             raise OptionError("recover.written asks for text by the model, which needs its tokenizer; pass one.")
         generator = torch.Generator().manual_seed(self.seed)
-        with dense_again(work.model, work.dense_weights):
-            made = write_windows(
-                work.model, work.tokenizer, [], self.written, train.shape[1], generator, progress=work.progress
+        with dense_again(refinement.model, refinement.dense_weights):
+            windows = write_windows(
+                refinement.model,
+                refinement.tokenizer,
+                [],
+                self.written,
+                train.shape[1],
+                generator,
+                progress=refinement.progress,
             )
-        return made.to(train.device)
+        return windows.to(train.device)
 
-    def _loss(self, work: Refinement, dense: Stream, index: int) -> Tensor:
+    def _loss(self, refinement: Refinement, dense: Stream, index: int) -> Tensor:
         """What is minimised, on one batch."""
-        target, found = _log_probabilities(work, dense, index)
-        loss = from_log_probabilities(target, found).mean()
+        expected, candidate = _log_probabilities(refinement, dense, index)
+        loss = from_log_probabilities(expected, candidate).mean()
         if self.label_weight:
-            loss = loss + self.label_weight * _next_token_loss(found, dense.batches[index])
+            loss = loss + self.label_weight * _next_token_loss(candidate, dense.batches[index])
         return loss
 
     def _rate(self, steps: int) -> Callable[[int], float]:
@@ -156,35 +164,35 @@ def recut(windows: Tensor, offset: int) -> Tensor:
 
 
 @torch.no_grad()
-def _past_the_blocks(work: Refinement, batches: Sequence[Tensor]) -> Stream:
+def _past_the_blocks(refinement: Refinement, batches: Sequence[Tensor]) -> Stream:
     """What leaves the last block of the dense model, for every batch: far smaller than logits."""
-    with dense_again(work.model, work.dense_weights):
-        residence = residence_of(work.model, work.layout)
-        stream = open_stream(work.model, residence, batches)
-        return pass_blocks(residence, stream, "dense run", work.progress)
+    with dense_again(refinement.model, refinement.dense_weights):
+        residence = residence_of(refinement.model, refinement.layout)
+        stream = open_stream(refinement.model, residence, batches)
+        return pass_blocks(residence, stream, "dense run", refinement.progress)
 
 
-def _log_probabilities(work: Refinement, dense: Stream, index: int) -> tuple[Tensor, Tensor]:
+def _log_probabilities(refinement: Refinement, dense: Stream, index: int) -> tuple[Tensor, Tensor]:
     """Of the dense model and of the model, on one batch, `[batch, length, vocabulary]`; gradients flow to the model."""
     with torch.no_grad():
-        target = run_tail(work.model, residence_of(work.model, work.layout), dense, index).logits
-    found = work.model(input_ids=dense.batches[index], use_cache=False).logits
-    return target.float().log_softmax(-1), found.float().log_softmax(-1)
+        expected = run_tail(refinement.model, residence_of(refinement.model, refinement.layout), dense, index).logits
+    candidate = refinement.model(input_ids=dense.batches[index], use_cache=False).logits
+    return expected.float().log_softmax(-1), candidate.float().log_softmax(-1)
 
 
-def _next_token_loss(found: Tensor, ids: Tensor) -> Tensor:
+def _next_token_loss(log_probabilities: Tensor, ids: Tensor) -> Tensor:
     """Mean negative log-probability of the text's own next token, nats."""
-    return -found[:, :-1].gather(-1, ids[:, 1:, None]).mean()
+    return -log_probabilities[:, :-1].gather(-1, ids[:, 1:, None]).mean()
 
 
 @torch.no_grad()
-def _judge(work: Refinement, dense: Stream) -> tuple[float, float]:
+def _judge(refinement: Refinement, dense: Stream) -> tuple[float, float]:
     """Mean next-token loss and KL, nats per token, over batches of one length."""
     sums = [0.0, 0.0]
     for index in range(len(dense.batches)):
-        target, found = _log_probabilities(work, dense, index)
-        sums[0] += float(_next_token_loss(found, dense.batches[index]))
-        sums[1] += float(from_log_probabilities(target, found).mean())
+        expected, candidate = _log_probabilities(refinement, dense, index)
+        sums[0] += float(_next_token_loss(candidate, dense.batches[index]))
+        sums[1] += float(from_log_probabilities(expected, candidate).mean())
     loss, kl = (total / len(dense.batches) for total in sums)
     if not math.isfinite(loss):
         raise NumericalError("recover: the held-out loss is NaN or infinite; lower recover.learning_rate.")
@@ -198,13 +206,13 @@ def _copy(tensors: Sequence[Tensor]) -> list[Tensor]:
 @contextmanager
 def _only_trained(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
     """Let gradients flow to `trained` alone; afterwards every parameter asks for gradients as before."""
-    asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.requires_grad_(False)
         for parameter in trained:
             parameter.requires_grad_(True)
         yield
     finally:
-        for parameter, was in asked:
+        for parameter, was in before:
             parameter.requires_grad_(was)
             parameter.grad = None

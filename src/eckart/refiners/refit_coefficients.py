@@ -38,31 +38,33 @@ class RefitCoefficients(Refiner):
         return keep <= 1 - self.min_removed + 1e-9
 
     @torch.no_grad()
-    def refine_(self, work: Refinement) -> None:
+    def refine_(self, refinement: Refinement) -> None:
         # The sweep has taken a block's outputs before it yields the block, so a refit here reaches no later X'.
-        for per_block in sweep(work.model, work.layout, work.windows, (Need.INPUT_GRAM,), progress=work.progress):
+        for per_block in sweep(
+            refinement.model, refinement.layout, refinement.windows, (Need.INPUT_GRAM,), progress=refinement.progress
+        ):
             for name, statistics in per_block.items():
-                layer = work.model.get_submodule(name)
-                if isinstance(layer, FactorizedLayer) and name in work.dense_weights:
+                layer = refinement.model.get_submodule(name)
+                if isinstance(layer, FactorizedLayer) and name in refinement.dense_weights:
                     assert statistics.input_gram is not None
-                    residual = work.dense_weights[name].double() - layer.weight.double()
+                    residual = refinement.dense_weights[name].double() - layer.weight.double()
                     gram = statistics.input_gram.matrix
-                    change = correction(residual, whole_basis(layer).double(), gram, self.damping)
+                    change = coefficient_change(residual, whole_basis(layer).double(), gram, self.damping)
                     if not torch.isfinite(change).all():
                         raise NumericalError(f"{name}: NaN or infinity in its refitted coefficients.")
                     layer.coefficients.weight.copy_(layer.coefficients.weight.double() + change)
 
 
-def correction(residual: Tensor, basis: Tensor, gram: Tensor, damping: float) -> Tensor:
+def coefficient_change(residual: Tensor, basis: Tensor, gram: Tensor, damping: float) -> Tensor:
     """`(W - Ŵ) G B^T (B G B^T + d I)^-1` `[out, rank]`, what to add to the coefficients for the least squares.
 
     `residual` is W - Ŵ `[out, in]`, `basis` B `[rank, in]`, `gram` G `[in, in]`, all float64.
     """
-    seen = gram @ basis.T  # [in, rank]
-    inner = basis @ seen
+    cross = gram @ basis.T  # [in, rank]
+    inner = basis @ cross
     mean = inner.diagonal().mean()
     inner.diagonal().add_(damping * (mean if mean > 0 else 1.0))
-    change: Tensor = torch.linalg.solve(inner, (residual @ seen).T).T
+    change: Tensor = torch.linalg.solve(inner, (residual @ cross).T).T
     return change
 
 

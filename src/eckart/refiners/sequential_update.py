@@ -13,7 +13,7 @@ from eckart.refiners._block_factors import factors_of, plain_pairs, put_
 from eckart.refiners._block_work import BlockWork
 from eckart.refiners._two_streams import AtBlock, two_streams
 from eckart.refiners.base import Refinement, Refiner
-from eckart.refiners.refit_coefficients import correction
+from eckart.refiners.refit_coefficients import coefficient_change
 from eckart.storages import FactorizedLayer
 
 
@@ -33,19 +33,19 @@ class SequentialUpdate(Refiner):
             raise OptionError(f"sequential_update.damping is {self.damping:g}, but must be positive.")
 
     @torch.no_grad()
-    def refine_(self, work: Refinement) -> None:
-        finished = BlockWork(work, "sequential_update", asdict(self))
-        able = plain_pairs(work)
-        for here in two_streams(work, split_batches(work.windows), stage="update"):
+    def refine_(self, refinement: Refinement) -> None:
+        finished = BlockWork(refinement, "sequential_update", asdict(self))
+        changeable = plain_pairs(refinement)
+        for here in two_streams(refinement, split_batches(refinement.windows), stage="update"):
             if finished.restore_(here.index, here.block) is None:
-                self._update(work, here, able)
-                changed = [target for target in here.targets if target.name in able]
-                finished.keep(here.index, factors_of(here.block, changed), {})
+                self._update(refinement, here, changeable)
+                changed = [target for target in here.targets if target.name in changeable]
+                finished.write(here.index, factors_of(here.block, changed), {})
 
-    def _update(self, work: Refinement, here: AtBlock, able: Collection[str]) -> None:
+    def _update(self, refinement: Refinement, here: AtBlock, changeable: Collection[str]) -> None:
         everything = range(len(here.compressed.batches))
         for stage in here.stages():
-            chosen = [target for target in stage if target.name in able]
+            chosen = [target for target in stage if target.name in changeable]
             if not chosen:
                 continue
             gram = here.input_gram(chosen[0], everything)
@@ -53,7 +53,7 @@ class SequentialUpdate(Refiner):
                 layer = here.block.get_submodule(target.kind)
                 assert isinstance(layer, FactorizedLayer)
                 basis, coefficients = layer.basis.weight, layer.coefficients.weight
-                weight = work.dense_weights[target.name]
+                weight = refinement.dense_weights[target.name]
                 residual = weight.double() - coefficients.double() @ basis.double()
-                change = correction(residual, basis.double(), gram.matrix, self.damping)
+                change = coefficient_change(residual, basis.double(), gram.matrix, self.damping)
                 put_(here.block, {target.kind: (basis, coefficients + change.to(coefficients.dtype))})
