@@ -2,7 +2,8 @@
 
     import eckart
 
-    made = eckart.compress("model-folder", keep=0.8, out="smaller")
+    compression = eckart.compress("model-folder", keep=0.8, out="smaller")
+    print(compression.ledger)
     model = eckart.load("smaller")
     print(eckart.evaluate("smaller", against="model-folder"))
 

@@ -3,8 +3,8 @@
     from eckart.checks import check_factorizer
     check_factorizer(MyFactorizer())
 
-Each check raises `AssertionError` with the property that failed. All in float64, on matrices made
-from a fixed seed, against oracles that do not use the method's own code.
+Each check raises `AssertionError` with the property that failed. All in float64, on matrices from a fixed seed,
+against oracles that do not use the method's own code.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,13 +35,13 @@ def check_factorizer(factorizer: Factorizer) -> None:
     for out_features, in_features in SHAPES:
         for tokens in TOKENS:
             group, weight, statistics = problem(out_features, in_features, tokens)
-            made = factorizer.decompose(group, [weight], statistics)
-            _check_spectrum(made.spectrum)
-            full = made.truncate(group.full_rank)
+            decomposition = factorizer.decompose(group, [weight], statistics)
+            _check_spectrum(decomposition.spectrum)
+            full = decomposition.truncate(group.full_rank)
             assert full.basis.shape == (group.full_rank, in_features), "basis is not [rank, in]"
             assert full.coefficients[0].shape == (out_features, group.full_rank), "coefficients are not [out, rank]"
             assert _close(full.product(), weight, 1e-7), f"full rank of {out_features}x{in_features} loses the weight"
-            ranks = [torch.linalg.matrix_rank(made.truncate(r).product()) for r in range(1, group.full_rank)]
+            ranks = [torch.linalg.matrix_rank(decomposition.truncate(r).product()) for r in range(1, group.full_rank)]
             assert ranks == list(range(1, group.full_rank)), "a cut at rank r does not have rank r"
 
 
@@ -162,9 +162,9 @@ def _refined(refiner: Refiner) -> list[Tensor]:
     for entry in entries:
         u, s, vt = torch.linalg.svd(torch.cat([dense[name] for name in entry.targets]), full_matrices=False)
         parts = torch.split(u[:, : entry.rank] * s[: entry.rank], [len(dense[name]) for name in entry.targets])
-        made = [factorize_(model, n, vt[: entry.rank], c) for n, c in zip(entry.targets, parts, strict=True)]
-        for other in made[1:]:
-            share_basis_(made[0], other)
+        layers = [factorize_(model, n, vt[: entry.rank], c) for n, c in zip(entry.targets, parts, strict=True)]
+        for other in layers[1:]:
+            share_basis_(layers[0], other)
     specs, before = specs_of(model), {name: weight.clone() for name, weight in dense.items()}
     factors = {f"{n}.{part}.weight" for n in dense for part in ("basis", "coefficients")}
     kept = {name: p.detach().clone() for name, p in model.named_parameters() if name not in factors}
@@ -224,21 +224,21 @@ def _check_layer(storage: Storage, size: Size, bias: bool) -> None:
 
 
 def _check_gradients(layer: FactorizedLayer, x: Tensor) -> None:
-    """Those of the factors are those through the product."""
+    """The gradients of the factors are those taken through their product."""
     layer.requires_grad_(True)
     factors = [p for name, p in layer.named_parameters() if not name.endswith("bias")]
-    found = torch.autograd.grad(layer(x).square().sum(), factors)
+    gradients = torch.autograd.grad(layer(x).square().sum(), factors)
     bias = None if layer.bias is None else layer.bias
     expected = torch.autograd.grad(torch.nn.functional.linear(x, layer.weight, bias).square().sum(), factors)
-    assert all(_close(a, b, 1e-9) for a, b in zip(found, expected, strict=True)), "gradients are not its weight's"
+    assert all(_close(a, b, 1e-9) for a, b in zip(gradients, expected, strict=True)), "gradients are not its weight's"
 
 
 def _check_parts(storage: Storage, layer: FactorizedLayer, x: Tensor) -> None:
     outputs, inputs = layer.out_features, layer.in_features
     whole = layer(x)
     halves = [slice(0, outputs // 2), slice(outputs // 2, outputs)]
-    beside = torch.cat([storage.part(layer, half, slice(0, inputs))(x) for half in halves], -1)
-    assert _close(beside, whole, 1e-12), "parts by outputs do not make the layer"
+    side_by_side = torch.cat([storage.part(layer, half, slice(0, inputs))(x) for half in halves], -1)
+    assert _close(side_by_side, whole, 1e-12), "parts by outputs do not make the layer"
     halves = [slice(0, inputs // 2), slice(inputs // 2, inputs)]
     added = torch.stack([storage.part(layer, slice(0, outputs), half)(x[..., half]) for half in halves]).sum(0)
     assert _close(added, whole, 1e-12), "parts by inputs do not add up to the layer"

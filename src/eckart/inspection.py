@@ -22,9 +22,9 @@ def inspect(model: "str | PreTrainedModel", *, include: Sequence[str] = (), excl
 
 def methods() -> dict[str, dict[str, Any]]:
     """Recipes with their parts, every factorizer, allocator and refiner with its options and defaults, and storages."""
-    known: dict[str, dict[str, Any]] = {
+    catalogue: dict[str, dict[str, Any]] = {
         kind: {name: registry.options(kind, name) for name in registry.names(kind)} for kind in registry.KINDS
     }
-    known["storages"] = {name: {} for name in storages.names()}
-    known["recipes"] = {name: {"about": r.about, **r.to_dict()} for name, r in recipes.BUILT_IN.items()}
-    return known
+    catalogue["storages"] = {name: {} for name in storages.names()}
+    catalogue["recipes"] = {name: {"about": r.about, **r.to_dict()} for name, r in recipes.BUILT_IN.items()}
+    return catalogue

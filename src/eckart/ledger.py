@@ -20,12 +20,12 @@ def storage_of(group: Group, storage: str) -> Storage:
     try:
         return storages.find(storage)
     except ValueError:
-        known = ", ".join(storages.names())
-        raise PlanError(f"{group.name}: storage {storage!r} is unknown. Known: {known}.") from None
+        names = ", ".join(storages.names())
+        raise PlanError(f"{group.name}: storage {storage!r} is unknown. Known: {names}.") from None
 
 
 def size_of(group: Group, rank: int, kept: int | None = None) -> Size:
-    """What a storage is asked about; a number of kept columns that is still open counts as none."""
+    """The size of a group at a rank; `kept` None, a number that is still open, counts as 0."""
     return Size(group.out_features, group.in_features, rank, kept or 0, len(group.targets))
 
 
@@ -52,8 +52,8 @@ def largest_rank(group: Group, allowance: Fraction | int, storage: str = "pair")
 def rank_for(group: Group, keep: float, budget: Budget) -> int | None:
     """The rank that keeps at most the share `keep` of a group's parameters in the budget's storage, in its steps.
 
-    At least 1, or the smallest step where that is below it; at most the full rank. `None`, dense, for a share of 1
-    and where the storage is not for a rank so high, since it then costs as much as the weight.
+    In [1, full rank]; below the first step any rank is allowed. `None` (dense) for a share of 1, and for a rank that
+    the storage refuses, since it would cost as much as the weight.
     """
     if keep >= 1:
         return None
@@ -63,7 +63,7 @@ def rank_for(group: Group, keep: float, budget: Budget) -> int | None:
 
 
 def rounded(rank: int, group: Group, multiple: int) -> int:
-    """A rank down to a multiple; below the first multiple any rank is allowed, but 0. At most the full rank."""
+    """Round a rank down to a multiple, into [1, full rank]; below the first multiple any rank is allowed."""
     rank = min(rank, group.full_rank)
     return max(1, rank // multiple * multiple or rank)
 
@@ -140,7 +140,7 @@ def make_ledger(groups: Iterable[Group], entries: Iterable[Entry], model_paramet
 
 
 def assert_within(ledger: Ledger, keep: float) -> None:
-    """The promise of every allocator: never more than was asked."""
+    """Raise `BudgetError` when a plan keeps more than the share `keep`, which every allocator promises not to."""
     allowed = floor(share(keep) * ledger.target_parameters_dense)
     if ledger.target_parameters_kept > allowed:
         raise BudgetError(

@@ -1,7 +1,7 @@
 """Modules under the names by which others know them.
 
 A saved checkpoint holds `from eckart.hf import METHOD`, the entry point for vLLM is `eckart.serving`, and scripts out
-there import what the documentation once named. Each of these names is the very module that has moved, not a copy.
+there import what the documentation once named. Each of these names gives the moved module itself, not a copy.
 """
 
 import importlib

@@ -52,8 +52,8 @@ def compress(
     goals: `keep` is the share of the targets' parameters that stays, in (0, 1] (0.8 if no goal is given);
     `size` the most that the weight files may take, in bytes or as "80MB"; `max_kl` the most that the
     predictions may differ from the dense model's, in nats per token, as predicted by recipes that can.
-    `plan` replays a saved plan instead of allocating. `on_plan` is called with the plan and what it
-    reaches before a weight is touched. `storage` is how factors are stored, in place of the recipe's choice (pair,
+    `plan` replays a saved plan instead of allocating. `on_plan` is called with the plan before a weight
+    is touched. `storage` is how factors are stored, in place of the recipe's choice (pair,
     pivoted), `options` overrides recipe options (`{"factorizer.damping": 1e-4}`).
     `dtype` is the stored one ("auto": the checkpoint's own); half precision is computed in float32 on a CPU.
     `work` is a folder in which long steps keep what they have finished: the same call resumes there.
@@ -64,28 +64,28 @@ def compress(
     goal = Goal.of(keep, size, max_kl)
     if out is not None:
         files.check_new_folder(Path(out))  # before any work
-    made_by = find_recipe(recipe, options, storage)
+    full_recipe = find_recipe(recipe, options, storage)
     stages, folder = Stages(progress), None if work is None else Path(work)
     loaded = load(model, tokenizer, include=include, exclude=exclude, device=device, dtype=dtype, stages=stages)
     text = Text(calibration or Calibration(), loaded, stages)
     with _spill(folder) as spill:
         if plan is None:
             planned = make_plan(
-                loaded, text, made_by, goal, rank_multiple=rank_multiple, work=folder, spill=spill, stages=stages
+                loaded, text, full_recipe, goal, rank_multiple=rank_multiple, work=folder, spill=spill, stages=stages
             )
         else:
-            given = plan if isinstance(plan, Plan) else Plan.load(plan)
-            planned = take_plan(loaded, text, made_by, given, spill=spill, stages=stages)
+            saved_plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+            planned = take_plan(loaded, text, full_recipe, saved_plan, spill=spill, stages=stages)
         if on_plan is not None:
             on_plan(planned.plan)
         if out is not None:
             files.check_space(Path(out), loaded.ledger(planned.plan).model_bytes_kept)
-        asked = {**goal.to_dict(), **({"rank_multiple": rank_multiple} if rank_multiple > 1 else {})}
+        flags = {**goal.to_dict(), **({"rank_multiple": rank_multiple} if rank_multiple > 1 else {})}
         command = partial(
             compress_command,
             loaded.source,
             recipe=recipe.name if isinstance(recipe, Recipe) else recipe,
-            goal=asked if plan is None else {"plan": "plan.json" if isinstance(plan, Plan) else plan},
+            goal=flags if plan is None else {"plan": "plan.json" if isinstance(plan, Plan) else plan},
             storage=storage,
             options=options or {},
             include=include,
@@ -93,11 +93,11 @@ def compress(
             device=device,
             dtype=dtype,
         )
-        made = carry_out(loaded, text, made_by, planned, work=folder, stages=stages, command=command)
+        compression = carry_out(loaded, text, full_recipe, planned, work=folder, stages=stages, command=command)
     if out is not None:
         with stages("save", counts=True):
-            made.save(out)
-    return made
+            compression.save(out)
+    return compression
 
 
 def plan(
@@ -121,12 +121,12 @@ def plan(
 ) -> Plan:
     """The plan that `compress` with the same arguments would carry out; no weight is touched."""
     goal, stages, folder = Goal.of(keep, size, max_kl), Stages(progress), None if work is None else Path(work)
-    made_by = find_recipe(recipe, options, storage)
+    full_recipe = find_recipe(recipe, options, storage)
     loaded = load(model, tokenizer, include=include, exclude=exclude, device=device, dtype=dtype, stages=stages)
     text = Text(calibration or Calibration(), loaded, stages)
     with _spill(folder) as spill:
         planned = make_plan(
-            loaded, text, made_by, goal, rank_multiple=rank_multiple, work=folder, spill=spill, stages=stages
+            loaded, text, full_recipe, goal, rank_multiple=rank_multiple, work=folder, spill=spill, stages=stages
         )
     return planned.plan
 
@@ -145,15 +145,15 @@ def spectra(
     progress: Progress = silent,
 ) -> list[Spectrum]:
     """The spectrum of every group in the metric of the recipe, before any rank is chosen; no weight is touched."""
-    stages, made_by = Stages(progress), find_recipe(recipe, options)
+    stages, full_recipe = Stages(progress), find_recipe(recipe, options)
     loaded = load(model, tokenizer, include=include, exclude=exclude, device=device, dtype=dtype, stages=stages)
-    groups = made_by.make_grouping().groups(loaded.layout.targets)
+    groups = full_recipe.make_grouping().groups(loaded.layout.targets)
     text = Text(calibration or Calibration(), loaded, stages)
-    return decompose_for(loaded, text, made_by, groups, stages=stages).spectra
+    return decompose_for(loaded, text, full_recipe, groups, stages=stages).spectra
 
 
 def find_recipe(recipe: str | Recipe, options: Mapping[str, Any] | None = None, storage: str | None = None) -> Recipe:
-    """The recipe of a name or a file with options overridden, or the one that is given as it is."""
+    """The recipe of a name or a file, with options overridden; a `Recipe` keeps its options and takes `storage`."""
     chosen = {} if storage is None else {"storage": storage}
     if isinstance(recipe, Recipe):
         return recipes.override(recipe, chosen)
@@ -162,7 +162,7 @@ def find_recipe(recipe: str | Recipe, options: Mapping[str, Any] | None = None, 
 
 @contextmanager
 def _spill(work: Path | None) -> Iterator[Path | None]:
-    """A folder inside the work folder for decompositions, which memory need not hold then; it vanishes with the run."""
+    """A folder in the work folder that holds the decompositions of this run in place of memory; None without one."""
     if work is None:
         yield None
         return

@@ -177,11 +177,11 @@ def override(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
 
 def _override(recipe: Recipe, key: str, value: Any) -> Recipe:
     part, _, option = key.partition(".")
-    if key in ("storage", "allocator.storage"):  # the latter is how it was asked for up to 0.1
+    if key in ("storage", "allocator.storage"):  # the latter is its name up to version 0.1
         return replace(recipe, storage=checked_storage(str(value)))
-    known = ["factorizer", "allocator", "grouping", *(recipe.refiners if option else ["refiners", "storage"])]
-    if part not in known or key == "grouping":
-        raise OptionError(registry.unknown("part of a recipe", part, known))
+    parts = ["factorizer", "allocator", "grouping", *(recipe.refiners if option else ["refiners", "storage"])]
+    if part not in parts or key == "grouping":
+        raise OptionError(registry.unknown("part of a recipe", part, parts))
     if key == "refiners":
         return replace(recipe, refiners=_names(value))
     if not option:  # another method for this part: its options start from their defaults

@@ -32,10 +32,10 @@ def get(kind: str, name: str) -> type:
         except (ImportError, AttributeError) as error:
             raise OptionError(f"{name!r}: cannot be imported: {error}.") from None
         return outside
-    known = names(kind)
+    available = names(kind)
     stem = name.replace("-", "_")
-    if stem not in known:
-        raise OptionError(unknown(kind.removesuffix("s"), name, known))
+    if stem not in available:
+        raise OptionError(unknown(kind.removesuffix("s"), name, available))
     module = importlib.import_module(f"eckart.{kind}.{stem}")
     classes = [
         value
@@ -85,11 +85,11 @@ def options_of(method: Any) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
-def unknown(what: str, name: str, known: list[str]) -> str:
-    """The text for a name that nobody knows: the nearest one first, then all."""
-    close = difflib.get_close_matches(name, known, n=1)
+def unknown(what: str, name: str, available: list[str]) -> str:
+    """The message for an unknown name: the nearest name first, then all that are available."""
+    close = difflib.get_close_matches(name, available, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
-    return f"unknown {what} {name!r}{hint} Known: {', '.join(known) or 'none'}."
+    return f"unknown {what} {name!r}{hint} Known: {', '.join(available) or 'none'}."
 
 
 def _coerce(what: str, value: Any, hint: Any) -> Any:
