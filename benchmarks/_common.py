@@ -62,7 +62,7 @@ class Bench:
         dense = {name: operator(self.model, name).weight for name in names}
         windows = self.text.read()
         work = Refinement(
-            self.model, self.loaded.layout, plan, dense, windows.ids, work=self.work, unseen=windows.spare,
+            self.model, self.loaded.layout, plan, dense, windows.ids, work=self.work, unseen=windows.unseen,
             tokenizer=self.tokenizer,
         )  # fmt: skip
         with in_place(self.model, groups, entries, self.decomposed.cut):

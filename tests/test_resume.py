@@ -100,7 +100,7 @@ def test_start_metric_and_shrinkage_are_part_of_what_the_work_depends_on(folder)
 
 @pytest.mark.parametrize(
     ("refiner", "stage", "closed_form"),
-    [("alternating", "alternate", "regress"), ("sequential_update", "update", "correction")],
+    [("alternating", "alternate", "regress"), ("sequential_update", "update", "coefficient_change")],
 )
 def test_refiners_without_gradients_resume_at_their_block(folder, monkeypatch, refiner, stage, closed_form):
     module, calls = importlib.import_module(f"eckart.refiners.{refiner}"), []
