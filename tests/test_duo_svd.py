@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import eckart
-from eckart.demo.assets import cache_folder
 from eckart.plans.plan import Plan
 from eckart.storages.columns import KeptColumnsLinear
+from eckart.support.cache import cache_folder
 from eckart.testing import tiny_models, tiny_tokenizer
 
 

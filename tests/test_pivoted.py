@@ -136,9 +136,9 @@ def test_the_ledger_counts_what_the_layer_has():
 
 def test_a_plan_that_cannot_be_stored_is_refused():
     targets = [Target(f"{i}", i, "a", 8, 12, False) for i in (0, 1)]
-    with pytest.raises(PlanError, match="0: rank 8 of 8, .* cannot have storage 'pivoted', since it has full rank"):
+    with pytest.raises(PlanError, match=r"0: rank 8 of 8, .* cannot have storage 'pivoted', since it has full rank"):
         resolve(Plan((Entry(("0",), 8, "pivoted"),)), targets)
-    with pytest.raises(PlanError, match="0: .* cannot have storage 'pivoted', since it shares its basis"):
+    with pytest.raises(PlanError, match=r"0: .* cannot have storage 'pivoted', since it shares its basis"):
         resolve(Plan((Entry(("0", "1"), 4, "pivoted"),)), targets)
     spec = {"storage": "pivoted", "rank": 4, "pivots": "rows"}
     with pytest.raises(ValueError, match="'pivoted' shares no basis"):

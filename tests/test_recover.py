@@ -7,10 +7,11 @@ import torch
 
 from eckart.errors import OptionError
 from eckart.model.discovery import discover
+from eckart.model.operators import dense_again
 from eckart.plans.plan import Plan
 from eckart.portable.linear import weight_view
 from eckart.refiners.base import Refinement
-from eckart.refiners.recover import Recover, dense_again, recut
+from eckart.refiners.recover import Recover, recut
 from eckart.testing import tiny_models, tiny_tokenizer
 from eckart.text.self_text import write_windows
 from eckart.types import Entry
@@ -170,7 +171,7 @@ def test_labels_fit_the_text_and_leave_the_dense_model(make):
 def test_the_dense_model_comes_back_for_a_while(make):
     dense, work = work_on("gpt2", make)
     before = kl(dense, work.model, work.windows)
-    with dense_again(work):
+    with dense_again(work.model, work.dense_weights):
         assert kl(dense, work.model, work.windows) < 1e-9
     assert kl(dense, work.model, work.windows) == before > 0.01
 
