@@ -58,11 +58,7 @@ def test_the_import_is_light():
 def test_no_table_of_model_names():
     """Architectures are found by structure: no family is named in the code."""
     families = re.compile(r"\b(llama|mistral|qwen\w*|gemma\w*|phi3|opt|neox|bloom|falcon)\b", re.IGNORECASE)
-<<<<<<< HEAD
-    allowed = {"tiny.py", "assets.py"}
-=======
-    allowed = {"testing.py", "demo"}
->>>>>>> port-tests
+    allowed = {"tiny.py", "demo"}
     for path in SOURCE.rglob("*.py"):
         if path.relative_to(SOURCE).parts[0] in allowed:
             continue

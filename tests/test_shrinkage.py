@@ -93,14 +93,15 @@ def test_a_cut_is_judged_in_another_metric_from_the_smaller_side(shape):
     early, late = tokens_of(weight, 30, seed=2), tokens_of(weight, 20, seed=4)
     first, second = marked(weight, early, late).early, marked(weight, early, late).late
     plain = TwoSided(input_shrinkage=0.0, gradient_shrinkage=0.0)
-    made = Decomposition(weight, TwoSided().metric(weight, GroupStatistics((first,))))
+    metric = TwoSided().metric(weight, GroupStatistics((first,)))
+    made = Decomposition(weight, metric)
     tails = made.tails_in(plain.metric(weight, GroupStatistics((second,)))) / (2 * 20 * 20)
     for rank in range(min(shape)):
         basis, coefficients = made.truncate(rank)
         assert float(tails[rank]) == pytest.approx(loss_of(weight - coefficients @ basis, *late), rel=1e-8)
     assert tails.shape == (min(shape) + 1,)
     assert float(tails[-1]) == 0.0
-    own = made.tails_in(made.metric)
+    own = made.tails_in(metric)
     expected = torch.stack([made.values[rank:].square().sum() for rank in range(min(shape) + 1)])
     torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-9 * float(expected[0]))
 
