@@ -93,7 +93,9 @@ def _export_graph(model: "PreTrainedModel", to: str, int8: bool, folder: Path) -
         _untie_(stage)
     exporter: Any
     if to == "onnx":
-        dynamic = exporters.OnnxRuntimeQuantizer(exporters.OnnxRuntimeDynamicConfig(per_channel=True))
+        dynamic = exporters.OnnxRuntimeQuantizer(
+            exporters.OnnxRuntimeDynamicConfig(per_channel=True, reduce_range=_saturates())
+        )
         exporter = exporters.OnnxExporter()
         config: Any = exporters.OnnxConfig(dynamic=True, quantizer=dynamic if int8 else None)
     else:
@@ -103,6 +105,16 @@ def _export_graph(model: "PreTrainedModel", to: str, int8: bool, folder: Path) -
     exported = exporter.export(stage, example, config)
     exported.generation_config = model.generation_config
     exported.save_pretrained(folder)
+
+
+def _saturates() -> bool:
+    """Whether 8-bit products of this processor saturate: x86 without VNNI adds pairs of them in 16 bits.
+
+    7 bits of weights then leave room for the sum; the graph is right on every processor.
+    """
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text().partition("flags")[2].partition("\n")[0].split() if info.exists() else []
+    return "avx2" in flags and not {"avx512_vnni", "avx_vnni"} & set(flags)
 
 
 def _untie_(model: "PreTrainedModel") -> None:

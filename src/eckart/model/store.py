@@ -29,3 +29,13 @@ class Store:
 
     def copy(self) -> "Store":
         return Store(self._states)
+
+    def snapshot(self) -> "Store":
+        """The states as they are, in one piece of memory of their own.
+
+        For what is kept over many blocks: states that stay one by one on the heap, between what comes and goes, took
+        twice their size.
+        """
+        whole = self._states[0].new_empty(sum(state.numel() for state in self._states))
+        parts = torch.split(whole, [state.numel() for state in self._states])
+        return Store(part.copy_(s.flatten()).view(s.shape) for part, s in zip(parts, self._states, strict=True))

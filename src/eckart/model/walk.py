@@ -25,6 +25,7 @@ from eckart.portable.linear import swap_
 from eckart.progress import Progress, silent, track
 
 BATCH_TOKENS = 2048  # in a batch: enough for products at full speed, few enough to keep activations small
+PROOF = 128  # tokens that a walk proves itself on: logits of many would be the largest tensors of a small run
 TOLERANCE = 1e-3  # of the largest logit: what rounding may change when products run in another order
 
 
@@ -161,13 +162,13 @@ def tail_of(model: nn.Module, residence: Residence, ids: Tensor, state: Tensor, 
 
 @torch.no_grad()
 def prove(model: nn.Module, residence: Residence, ids: Tensor) -> None:
-    """Walk one window `[length]` of token ids and compare with a plain forward pass of the model.
+    """Walk the beginning of one window `[length]` of token ids and compare with a plain forward pass of the model.
 
     Everything that is collected, measured and refined rests on the walk giving the model's own states. Raises
     `ModelError` that names the model where it does not: one that runs a block more than once, carries more than hidden
     states from block to block, or has its blocks somewhere else than where they were found.
     """
-    ids = ids[None].to(residence.device)
+    ids = ids[None, :PROOF].to(residence.device)
     expected = model(input_ids=ids, use_cache=False)
     stream = pass_blocks(residence, open_stream(model, residence, [ids]))
     actual = run_tail(model, residence, stream, 0)

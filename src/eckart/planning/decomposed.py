@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,6 +20,7 @@ from eckart.model.walk import walk
 from eckart.progress import Progress, silent
 from eckart.statistics.sums import GroupStatistics, Statistics
 from eckart.statistics.sweep import sweep
+from eckart.support.memory import give_back
 from eckart.types import Entry, Group, Spectrum
 
 log = logging.getLogger(__name__)
@@ -100,27 +102,12 @@ def decompose(
     decompositions are moved there as they are made. A group with a member that no token reached has no decomposition;
     raises `DataError` when that goes for all.
     """
-    decompositions: dict[str, GroupDecomposition] = {}
-    waiting = list(groups)
-    weights: dict[str, Tensor] = {}
-    statistics: dict[str, Statistics] = {}
-    for reached in _sweep(model, layout, groups, factorizer, windows, progress):
-        statistics |= reached
-        weights |= {name: operator(model, name).weight for name in reached}
-        for group in [group for group in waiting if all(name in weights for name in group.names)]:
-            waiting.remove(group)
-            members = GroupStatistics(tuple(statistics[name] for name in group.names) if factorizer.needs else ())
-            if any(member.tokens == 0 for member in members.members):
-                continue
-            decomposition = factorizer.decompose(group, [weights[name] for name in group.names], members)
-            decomposition.drift = members.drift
-            decomposition.close()
-            if spill is not None:
-                decomposition.spill(spill)
-            decompositions[group.name] = decomposition
-        needed = {name for group in waiting for name in group.names}
-        statistics = {name: value for name, value in statistics.items() if name in needed}
-        weights = {name: value for name, value in weights.items() if name in needed}
+    waiting = _Waiting(factorizer, list(groups), spill)
+    for statistics in _sweep(model, layout, groups, factorizer, windows, progress):
+        waiting.take(statistics, {name: operator(model, name).weight for name in statistics})
+        del statistics  # or the Grams of a block would stay while the next one collects its own
+        give_back()
+    decompositions = waiting.decompositions
     if groups and not decompositions:
         raise DataError(
             f"no token of the calibration reached {groups[0].name}, nor any other layer to compress; calibrate on more "
@@ -130,6 +117,41 @@ def decompose(
     for note, count in notes.items():
         log.warning("%s (%d of %d groups)", note, count, len(decompositions))
     return Decomposed(model, groups, decompositions)
+
+
+@dataclass
+class _Waiting:
+    """Groups of which not every member has been passed yet, what is kept for them, and those that are decomposed."""
+
+    factorizer: Factorizer
+    groups: list[Group]
+    spill: Path | None
+    decompositions: dict[str, GroupDecomposition] = field(default_factory=dict)
+    statistics: dict[str, Statistics] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def take(self, statistics: Mapping[str, Statistics], weights: Mapping[str, Tensor]) -> None:
+        """Take what belongs to some targets, and decompose every group that waited for nothing else."""
+        self.statistics |= statistics
+        self.weights |= weights
+        for group in [group for group in self.groups if all(name in self.weights for name in group.names)]:
+            self.groups.remove(group)
+            self._decompose(group)
+        needed = {name for group in self.groups for name in group.names}
+        self.statistics = {name: value for name, value in self.statistics.items() if name in needed}
+        self.weights = {name: value for name, value in self.weights.items() if name in needed}
+
+    def _decompose(self, group: Group) -> None:
+        collected = tuple(self.statistics[name] for name in group.names) if self.factorizer.needs else ()
+        if any(member.tokens == 0 for member in collected):
+            return
+        members = GroupStatistics(collected)
+        decomposition = self.factorizer.decompose(group, [self.weights[name] for name in group.names], members)
+        decomposition.drift = members.drift
+        decomposition.close()
+        if self.spill is not None:
+            decomposition.spill(self.spill)
+        self.decompositions[group.name] = decomposition
 
 
 def _sweep(

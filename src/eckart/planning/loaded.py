@@ -19,6 +19,7 @@ from eckart.model.walk import prove
 from eckart.plans import Plan, resolve
 from eckart.progress import Stages
 from eckart.support import dtypes
+from eckart.support.memory import give_back
 from eckart.text import data
 from eckart.text.calibration import Calibration
 
@@ -99,6 +100,7 @@ class Text:
                 )
                 data.check_length(self.windows, self.loaded.model)
                 prove(self.loaded.model, residence_of(self.loaded.model, self.loaded.layout), self.windows.ids[0])
+                give_back()  # what tokenising a whole corpus left
                 log.info("calibration: %s", self.windows.recipe)
         return self.windows
 

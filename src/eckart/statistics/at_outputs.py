@@ -27,6 +27,7 @@ from eckart.statistics.sums import (
     Statistics,
     mark_three_quarters,
 )
+from eckart.support.memory import give_back
 from eckart.types import Target
 
 
@@ -72,6 +73,7 @@ def loss_gradients(
             parts.append(gradient)
             first += 1
         gradients.append(torch.cat(parts))
+        give_back()
     return gradients
 
 

@@ -78,7 +78,7 @@ def backward(
     stream = open_stream(model, residence, split_batches(windows, batch_tokens))
     entrances = []
     for at in walk(residence, stream, stage="calibrate", progress=progress):
-        entrances.append(stream.states.copy())
+        entrances.append(stream.states.snapshot())
         _forward_block(f"{layout.blocks}.{at.index}", at, [], stream, frozenset())
     gradients = loss_gradients(model, residence, stream, needs, seed, progress)
     for at in walk(residence, backward=True, stage="gradients", progress=progress):
