@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor
 
 

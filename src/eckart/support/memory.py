@@ -1,8 +1,8 @@
 """Memory that is free goes back to the system.
 
 glibc keeps what large temporaries leave between tensors that stay, in pieces that the next ones do not fit: after
-thirty blocks that was as much again as all decompositions. (To map every large tensor by itself would avoid it, too, and
-cost half of the speed.) With another C library nothing is done.
+thirty blocks that was as much again as all decompositions. (To map every large tensor by itself would avoid it, too,
+and cost half of the speed.) With another C library nothing is done.
 """
 
 import ctypes
