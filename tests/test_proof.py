@@ -42,9 +42,15 @@ class Extra(nn.Module):
 
 
 @pytest.mark.parametrize("family", sorted(tiny_models()))
-def test_families_prove_themselves(family):
+def test_families_prove_themselves_and_not_with_a_block_that_is_not_run(family):
     model = tiny_models()[family]()
-    prove(model, residence_of(model, discover(model)), IDS)
+    layout = discover(model)
+    residence = residence_of(model, layout)
+    prove(model, residence, IDS)
+    blocks = model.get_submodule(layout.blocks)
+    blocks[1].forward = blocks[0].forward
+    with pytest.raises(ModelError, match="differ from its own"):
+        prove(model, residence, IDS)
 
 
 @torch.no_grad()
@@ -74,11 +80,3 @@ def test_a_stack_that_runs_twice_is_refused(tmp_path):
             out=tmp_path / "out",
         )  # fmt: skip
     assert not (tmp_path / "out").exists()
-
-
-def test_blocks_that_are_not_the_models_are_refused():
-    """The list with the most parameters is not what the model runs one after the other."""
-    model = tiny_models()["llama"]()
-    model.model.layers[1].forward = model.model.layers[0].forward  # block 1 stands there and is not run
-    with pytest.raises(ModelError, match=r"run block by block, its predictions differ .* 'model\.layers'"):
-        prove(model, residence_of(model, discover(model)), IDS)

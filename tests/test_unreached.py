@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 import eckart
-from eckart.errors import DataError, OptionError
+from eckart.errors import DataError, OptionError, PlanError
 from eckart.factorizers.svd_llm import SVDLLM
 from eckart.model.discovery import discover
 from eckart.planning.decomposed import decompose
 from eckart.tiny import tiny_models, tiny_tokenizer
-from eckart.types import Group
+from eckart.types import Entry, Group
 
 TEXT = "".join(chr(97 + int(i)) for i in torch.randint(26, (4000,), generator=torch.Generator().manual_seed(0)))
 
@@ -43,6 +43,14 @@ def test_it_stays_dense_and_is_told(calibration, recipe, caplog):
     assert made.ledger.target_parameters_dense == sum(
         target.parameters for target in discover(tiny_models()["llama"]()).targets
     )
+
+
+def test_a_plan_that_gives_it_a_rank_is_refused_by_name(calibration):
+    plan = eckart.Plan((Entry(("model.layers.0.spare",), 4), Entry(("model.layers.0.self_attn.q_proj",), 4)))
+    with pytest.raises(PlanError, match=r"model\.layers\.0\.spare: has a rank in the plan, but no token"):
+        eckart.compress(
+            with_a_spare_layer(), tokenizer=tiny_tokenizer(), recipe="svd-llm", plan=plan, calibration=calibration
+        )
 
 
 def test_a_group_with_such_a_member_is_left_whole():

@@ -13,6 +13,7 @@ from typing import Any
 from eckart import ledger, recipes
 from eckart.allocators.base import Allocator, Probe
 from eckart.allocators.uniform import Uniform
+from eckart.errors import PlanError
 from eckart.measuring.held_out import HeldOut
 from eckart.measuring.probes import SlicingProbe, in_place, measure_parts, split_for_search
 from eckart.measuring.scene import Scene, observe
@@ -92,10 +93,18 @@ def plan_from(
 def take_plan(
     loaded: Loaded, text: Text, recipe: Recipe, plan: Plan, *, spill: Path | None = None, stages: Stages
 ) -> Planned:
-    """Check a saved plan against the model and decompose what it factorises."""
+    """Check a saved plan against the model and decompose what it factorises.
+
+    Raises `PlanError` when it does not fit, or gives a rank to a target that no token of the text reached.
+    """
     groups, entries = resolve(plan, loaded.layout.targets)
     cut = [group for group, entry in zip(groups, entries, strict=True) if entry.rank is not None]
     decomposed = decompose_for(loaded, text, recipe, cut, spill=spill, stages=stages)
+    if decomposed.unreached:
+        raise PlanError(
+            f"{decomposed.unreached[0]}: has a rank in the plan, but no token of the calibration reached it; make it "
+            "dense there, or calibrate on text that reaches it."
+        )
     settled = Plan(tuple(decomposed.settle(entries)), plan.asked, {}, plan.made_by)
     plan = replace(settled, reached=loaded.ledger(settled).to_dict())
     summaries = [summary(spectrum) for spectrum in decomposed.spectra]
