@@ -22,6 +22,7 @@ from eckart.version import __version__
 if TYPE_CHECKING:
     from eckart.checkpoints.checkpoint import load, save
     from eckart.checkpoints.conversion import convert
+    from eckart.checkpoints.verification import verify
     from eckart.engines.exporting import export
     from eckart.errors import EckartError, NumericalError, UserError
     from eckart.evaluation.measure import evaluate
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from eckart.pages.reporting import report
     from eckart.pipeline import compress, plan, spectra
     from eckart.plans.plan import Plan
+    from eckart.portable.hf import own_bases_
     from eckart.recipes import Recipe
     from eckart.run import Compression
     from eckart.storages.pair import FactorizedLinear
@@ -64,11 +66,13 @@ _HOME = {
     "load": "checkpoints.checkpoint",
     "load_windows": "text.data",
     "methods": "inspection",
+    "own_bases_": "portable.hf",
     "perplexity": "measuring.perplexity",
     "plan": "pipeline",
     "report": "pages.reporting",
     "save": "checkpoints.checkpoint",
     "spectra": "pipeline",
+    "verify": "checkpoints.verification",
 }
 
 __all__ = [
@@ -95,11 +99,13 @@ __all__ = [
     "load",
     "load_windows",
     "methods",
+    "own_bases_",
     "perplexity",
     "plan",
     "report",
     "save",
     "spectra",
+    "verify",
 ]
 
 

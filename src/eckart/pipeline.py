@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from eckart import recipes
 from eckart.checkpoints.provenance import compress_command
+from eckart.planning import preflight
 from eckart.planning.goals import Goal
 from eckart.planning.loaded import Text, load
 from eckart.planning.planner import decompose_for, make_plan, take_plan
@@ -36,12 +37,13 @@ def compress(
     options: Mapping[str, Any] | None = None,
     plan: Plan | str | Path | None = None,
     calibration: Calibration | None = None,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    tokenizer: "str | PreTrainedTokenizerBase | None" = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     out: str | Path | None = None,
     device: str = "cpu",
     dtype: str = "auto",
+    trust_remote_code: bool = False,
     work: str | Path | None = None,
     on_plan: Callable[[Plan], None] | None = None,
     progress: Progress = silent,
@@ -56,6 +58,8 @@ def compress(
     is touched. `storage` is how factors are stored, in place of the recipe's choice (pair,
     pivoted), `options` overrides recipe options (`{"factorizer.damping": 1e-4}`).
     `dtype` is the stored one ("auto": the checkpoint's own); half precision is computed in float32 on a CPU.
+    `tokenizer` is one, or the name of one, in place of the model's own; `trust_remote_code` runs the code that comes
+    with a model whose class transformers does not have.
     `work` is a folder in which long steps keep what they have finished: the same call resumes there.
     Measured curves are kept in the user's cache without it.
 
@@ -65,16 +69,21 @@ def compress(
     if out is not None:
         files.check_new_folder(Path(out))  # before any work
     full_recipe = find_recipe(recipe, options, storage)
+    preflight.check_request(full_recipe, goal, device, dtype)
     stages, folder = Stages(progress), None if work is None else Path(work)
-    loaded = load(model, tokenizer, include=include, exclude=exclude, device=device, dtype=dtype, stages=stages)
+    loaded = load(
+        model, tokenizer, include=include, exclude=exclude, device=device, dtype=dtype,
+        trust_remote_code=trust_remote_code, stages=stages,
+    )  # fmt: skip
     text = Text(calibration or Calibration(), loaded, stages)
+    saved_plan = plan if plan is None or isinstance(plan, Plan) else Plan.load(plan)
+    preflight.check_run(loaded, text, full_recipe, goal, saved_plan)
     with _spill(folder) as spill:
-        if plan is None:
+        if saved_plan is None:
             planned = make_plan(
                 loaded, text, full_recipe, goal, rank_multiple=rank_multiple, work=folder, spill=spill, stages=stages
             )
         else:
-            saved_plan = plan if isinstance(plan, Plan) else Plan.load(plan)
             planned = take_plan(loaded, text, full_recipe, saved_plan, spill=spill, stages=stages)
         if on_plan is not None:
             on_plan(planned.plan)
@@ -92,6 +101,8 @@ def compress(
             exclude=exclude,
             device=device,
             dtype=dtype,
+            tokenizer=tokenizer if isinstance(tokenizer, str) else None,
+            trust_remote_code=trust_remote_code,
         )
         compression = carry_out(loaded, text, full_recipe, planned, work=folder, stages=stages, command=command)
     if out is not None:
@@ -111,19 +122,25 @@ def plan(
     storage: str | None = None,
     options: Mapping[str, Any] | None = None,
     calibration: Calibration | None = None,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    tokenizer: "str | PreTrainedTokenizerBase | None" = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     device: str = "cpu",
     dtype: str = "auto",
+    trust_remote_code: bool = False,
     work: str | Path | None = None,
     progress: Progress = silent,
 ) -> Plan:
     """The plan that `compress` with the same arguments would carry out; no weight is touched."""
     goal, stages, folder = Goal.of(keep, size, max_kl), Stages(progress), None if work is None else Path(work)
     full_recipe = find_recipe(recipe, options, storage)
-    loaded = load(model, tokenizer, include=include, exclude=exclude, device=device, dtype=dtype, stages=stages)
+    preflight.check_request(full_recipe, goal, device, dtype)
+    loaded = load(
+        model, tokenizer, include=include, exclude=exclude, device=device, dtype=dtype,
+        trust_remote_code=trust_remote_code, stages=stages,
+    )  # fmt: skip
     text = Text(calibration or Calibration(), loaded, stages)
+    preflight.check_run(loaded, text, full_recipe, goal)
     with _spill(folder) as spill:
         planned = make_plan(
             loaded, text, full_recipe, goal, rank_multiple=rank_multiple, work=folder, spill=spill, stages=stages
@@ -137,16 +154,20 @@ def spectra(
     recipe: str | Recipe = "eckart",
     options: Mapping[str, Any] | None = None,
     calibration: Calibration | None = None,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    tokenizer: "str | PreTrainedTokenizerBase | None" = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     device: str = "cpu",
     dtype: str = "auto",
+    trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> list[Spectrum]:
     """The spectrum of every group in the metric of the recipe, before any rank is chosen; no weight is touched."""
     stages, full_recipe = Stages(progress), find_recipe(recipe, options)
-    loaded = load(model, tokenizer, include=include, exclude=exclude, device=device, dtype=dtype, stages=stages)
+    loaded = load(
+        model, tokenizer, include=include, exclude=exclude, device=device, dtype=dtype,
+        trust_remote_code=trust_remote_code, stages=stages,
+    )  # fmt: skip
     groups = full_recipe.make_grouping().groups(loaded.layout.targets)
     text = Text(calibration or Calibration(), loaded, stages)
     return decompose_for(loaded, text, full_recipe, groups, stages=stages).spectra

@@ -67,6 +67,19 @@ class Recipe:
         """Build the refiners, in the order they run; raises `OptionError` for an unknown name or option."""
         return [registry.make("refiners", name, self.options.get(name)) for name in self.refiners]
 
+    def needs_predictions(self) -> str | None:
+        """The part that needs the logits of a next token, in words; None if a model without a head will do."""
+        parts: list[tuple[str, str, Any]] = [("factorizer", self.factorizer, self.make_factorizer())]
+        parts += [("allocator", self.allocator, self.make_allocator())]
+        parts += [("refiner", name, part) for name, part in zip(self.refiners, self.make_refiners(), strict=True)]
+        return next((f"the {kind} {name}" for kind, name, part in parts if part.needs_predictions), None)
+
+    def reads_text(self) -> bool:
+        """Whether a run by this recipe looks at any text."""
+        allocator = self.make_allocator()
+        measured = bool(allocator.wants) or allocator.probe_windows() is not None
+        return bool(self.make_factorizer().needs) or measured or bool(self.refiners)
+
     def to_dict(self) -> dict[str, Any]:
         """Every part with every option, defaults written out."""
         return {

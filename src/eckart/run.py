@@ -22,6 +22,7 @@ from eckart.progress import Stages, track
 from eckart.recipes import Recipe
 from eckart.refiners.base import Refinement, Refiner
 from eckart.support import dtypes
+from eckart.support.dtypes import round_
 from eckart.types import Entry, Group
 
 if TYPE_CHECKING:
@@ -47,11 +48,17 @@ class Compression:
     provenance: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
     spectra: list[dict[str, Any]] = field(default_factory=list)
+    source: str | None = None
+    own_tokenizer: bool = True
 
     def save(self, folder: str | Path) -> None:
-        """Write the checkpoint; raises `OutputError` and leaves nothing behind if it cannot."""
+        """Write the checkpoint, with what stood beside the weights of a model that came by name.
+
+        Raises `OutputError` and leaves nothing behind if it cannot.
+        """
         parts = {"tokenizer": self.tokenizer, "plan": self.plan, "provenance": self.provenance}
-        checkpoint.save(self.model, folder, **parts, spectra=self.spectra)
+        origin = {"source": self.source, "own_tokenizer": self.own_tokenizer}
+        checkpoint.save(self.model, folder, **parts, spectra=self.spectra, **origin)
 
 
 def carry_out(
@@ -81,7 +88,8 @@ def carry_out(
     _factorise(loaded, planned, groups, entries, stages)
     notes = _refine(loaded, text, planned.plan, refiners, dense, work, stages)
     _store(loaded, entries, stages)
-    kl = _measured(planned, refined=bool(refiners), stages=stages)
+    rounded = round_(loaded.model, loaded.stored_dtype)
+    kl = _measured(planned, changed=bool(refiners) or rounded, stages=stages)
     _finish(loaded)
     provenance = make_provenance(
         source=loaded.source,
@@ -95,7 +103,7 @@ def carry_out(
         provenance |= {name: facts} if facts else {}
     return Compression(
         loaded.model, loaded.tokenizer, loaded.layout, planned.plan, book, provenance, stages.seconds,
-        planned.summaries,
+        planned.summaries, loaded.source, loaded.own_tokenizer,
     )  # fmt: skip
 
 
@@ -143,14 +151,14 @@ def _store(loaded: Loaded, entries: Sequence[Entry], stages: Stages) -> None:
             store_(loaded.model, name, storage)
 
 
-def _measured(planned: Planned, refined: bool, stages: Stages) -> dict[str, Any]:
+def _measured(planned: Planned, changed: bool, stages: Stages) -> dict[str, Any]:
     """Predicted and measured KL divergence of the finished model; empty where none is predicted.
 
-    What was measured of the plan is taken, unless refiners have changed the model since.
+    What was measured of the plan is taken, unless refiners or rounding have changed the model since.
     """
     if planned.held_out is None:
         return {}
-    measured = None if refined else planned.plan.reached.get("measured_kl")
+    measured = None if changed else planned.plan.reached.get("measured_kl")
     if measured is None:
         with stages("probe"):
             measured = planned.held_out.kl()

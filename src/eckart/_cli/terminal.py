@@ -16,6 +16,7 @@ from eckart.progress import Progress, silent
 from eckart.support.not_finite import exp
 
 if TYPE_CHECKING:  # these import torch, which would make `eckart --help` wait
+    from eckart.checkpoints.verification import Verification
     from eckart.demo.run import DemoReport
     from eckart.ledger import Ledger
     from eckart.model.discovery import Layout
@@ -222,6 +223,15 @@ def show_bench(result: dict[str, Any]) -> None:
         out.print(f"[bold]Slower than dense:[/bold] {', '.join(result['slower'])}.")
     for reason in result["reasons"]:
         out.print(f"- {reason}", markup=False)
+
+
+def show_verification(found: "Verification") -> None:
+    """Every file that is not as it was saved, and the sum of it."""
+    rows = [(file.file, file.state) for file in found.files if file.state != "as saved"]
+    if rows:
+        table("Files", ("file", "state"), rows, justify="left")
+    what = "recorded as they are" if found.accepted else "as saved" if found.whole else "not what was saved"
+    out.print(f"{found.folder}: {len(found.files)} files, {what}.", markup=False)
 
 
 def show_comparison(comparison: dict[str, Any]) -> None:

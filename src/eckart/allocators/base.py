@@ -35,6 +35,11 @@ class Allocator(ABC):
     def may_exceed(self) -> bool:
         return False
 
+    @property
+    def needs_predictions(self) -> bool:
+        """Whether the model's loss is measured, which takes the logits of a next token."""
+        return "sensitivity" in self.wants or self.probe_windows() is not None
+
     @abstractmethod
     def allocate(self, spectra: Sequence[Spectrum], budget: Budget) -> list[Entry]:
         """One entry for each spectrum, in order; never more parameters than the budget allows.

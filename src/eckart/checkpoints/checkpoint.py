@@ -4,7 +4,8 @@ The format is `docs/format.md`. Nothing is ever loaded in part: a weight that th
 or that does not fit, is an error here, where transformers would warn and draw it at random.
 """
 
-import hashlib
+import logging
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from eckart.checkpoints import card, code, pretrained, spectra_file
+from eckart.checkpoints import admission, beside, card, code, fingerprints, pretrained, spectra_file
 from eckart.checkpoints.pretrained import CONFIG
 from eckart.errors import CheckpointError, ModelError, PlanError
 from eckart.plans.plan import Plan
+from eckart.portable.hashes import PROVENANCE
 from eckart.support import files
 from eckart.support.not_finite import numbers, to_json
 from eckart.support.versions import versions
@@ -24,7 +26,9 @@ from eckart.support.versions import versions
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PLAN, PROVENANCE = "plan.json", "provenance.json"
+log = logging.getLogger(__name__)
+
+PLAN = "plan.json"
 
 
 def save(
@@ -35,14 +39,17 @@ def save(
     plan: Plan | None = None,
     provenance: Mapping[str, Any] | None = None,
     spectra: Sequence[Mapping[str, Any]] = (),
+    source: str | Path | None = None,
+    own_tokenizer: bool = True,
     max_shard_size: str = "5GB",
 ) -> None:
     """Write a checkpoint to a new folder, whole or not at all, with the code that reads it and a model card.
 
     `spectra` are summaries by `eckart.plans.figures`, for reports. `provenance` is JSON data; the sizes and hashes
-    of the weight files are added to it, and the versions in use where it has none. The model is left ready
-    for its own `save_pretrained`. Raises `PlanError` when the plan is not what the model is, `OutputError`
-    when the folder cannot be written.
+    of the files are added to it, and the versions in use where it has none. What stands beside the weights in
+    `source`, the folder or hub id that the model came from, travels along; `own_tokenizer` says that the tokenizer is
+    the source's. The model is left ready for its own `save_pretrained`. Raises `PlanError` when the plan is not what
+    the model is, `OutputError` when the folder cannot be written.
     """
     from eckart.portable import hf
 
@@ -60,13 +67,33 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if plan is not None:
-            _write_json(partial / PLAN, plan.to_dict())
+            write_json(partial / PLAN, plan.to_dict())
         spectra_file.write(partial, spectra)
-        written = {path.name: _fingerprint(path) for path in sorted(partial.glob("*.safetensors"))}
-        record = {"versions": versions(), **(provenance or {}), "files": written}
-        _write_json(partial / PROVENANCE, record)
+        if source is not None:
+            beside.carry(source, partial, tokenizer=own_tokenizer)
+        record = {"versions": versions(), **(provenance or {}), "files": fingerprints.of_folder(partial)}
+        write_json(partial / PROVENANCE, record)
         if specs:
             (partial / card.NAME).write_text(card.card(record, plan), encoding="utf-8")
+
+
+def try_saving(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", scratch: Path) -> None:
+    """Save what `save` saves beside weights and plan into an empty folder: what cannot be saved is told now.
+
+    Raises `ModelError` with what transformers says, for a generation config or a tokenizer that it refuses to write.
+    """
+    whats: list[tuple[str, Any]] = [("configuration", model.config), ("tokenizer", tokenizer)]
+    if getattr(model, "generation_config", None) is not None:
+        whats.insert(1, ("generation configuration", model.generation_config))
+    for what, part in whats:
+        try:
+            with pretrained.quiet():
+                part.save_pretrained(scratch)
+        except OSError as error:
+            raise files.output_error(scratch, error) from None
+        except Exception as error:  # transformers validates with errors of many classes
+            reason = textwrap.shorten(str(error), 300, placeholder=" ...")
+            raise ModelError(f"{type(model).__name__}: its {what} cannot be saved: {reason}") from None
 
 
 def load(
@@ -75,16 +102,36 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     verify: bool = True,
+    trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
     """Load what `save` wrote: the native class of the model, bit for bit, in evaluation mode.
 
     `dtype` None keeps the stored one; `device` is a torch device, or "auto" to spread the model.
-    `verify` compares the weight files with the sizes and hashes in the provenance, which reads them
-    once more. Raises `CheckpointError` that names the file and the rule.
+    `trust_remote_code` runs the code that came with a model whose class transformers does not have.
+    `verify` compares the files with the sizes and hashes in the provenance, which reads them once more. Raises
+    `CheckpointError` that names the file and the rule.
+    """
+    folder = Path(folder)
+    config, weights = parts(folder)
+    admission.check_code(folder, config, trust_remote_code)
+    recorded = read_provenance(folder).get("files")
+    if verify and recorded is not None:
+        fingerprints.check(folder, recorded, weights)
+    loader = pretrained.native_class(config)
+    model, unmet, unused = pretrained.read(loader, folder, dtype, device, CheckpointError, trust_remote_code)
+    unmet += [f"{key} is in the files but not in the model" for key in unused]
+    if unmet:
+        raise CheckpointError(f"{folder}: the weight files are not what {CONFIG} describes: {unmet[0]}.")
+    return model
+
+
+def parts(folder: Path) -> tuple[dict[str, Any], list[Path]]:
+    """The configuration of a checkpoint and its weight files, each known to be there and to fit the others.
+
+    Raises `CheckpointError` for a folder that is not a checkpoint, and for parts that contradict one another.
     """
     from eckart.portable import hf
 
-    folder = Path(folder)
     config = pretrained.read_json(folder / CONFIG, CheckpointError)
     if not is_checkpoint(folder):
         raise CheckpointError(
@@ -95,50 +142,75 @@ def load(
     plan = read_plan(folder)
     if plan is not None and (difference := _difference(plan, specs)):
         raise CheckpointError(f"{folder / PLAN}: contradicts {CONFIG}: {difference}.")
-    weights = pretrained.weight_files(folder, CheckpointError)
-    if verify:
-        _verify(folder, weights)
-    model, unmet, unused = pretrained.read(_native_class(config), folder, dtype, device, CheckpointError)
-    if unmet or unused:
-        raise CheckpointError(f"{folder}: the weight files are not what {CONFIG} describes: {[*unmet, *unused][0]}.")
-    return model
+    return config, pretrained.weight_files(folder, CheckpointError)
+
+
+def check_structure(folder: Path, weights: Sequence[Path]) -> None:
+    """Raise `CheckpointError` unless the heads of the weight files are those of the model that `config.json` says."""
+    from eckart.portable import hf, inventory
+
+    model = skeleton(str(folder))
+    specs = hf.specs_of(model)
+    guard = hf.EckartConfig(specs).guard if specs else ""
+    try:
+        inventory.check_files(model, specs, guard, weights)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
 
 
 def load_model(
-    model: str, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    model: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
     """Load a dense model from a hub id or a folder, or a checkpoint of eckart through `load`.
 
-    Raises `ModelError` when there is no such model or its weights are damaged or not all there.
+    It has the class that it was saved by, its head and whatever stands beside its decoder. Raises `ModelError` when
+    there is no such model, its weights are damaged or not all there, or it is one that `admission` refuses.
     """
-    import transformers
-
-    source = pretrained.locate(model)
-    if isinstance(source, Path):
-        if is_checkpoint(source):
-            return load(source, dtype=dtype, device=device)
-        if not any(source.glob("pytorch_model*.bin")):
-            pretrained.weight_files(source, ModelError)
-    # What is in the files beside the model (another head, a draft model) is no harm to it.
-    loaded, unmet, _ = pretrained.read(transformers.AutoModelForCausalLM, source, dtype, device, ModelError)
+    source = examine(model, trust_remote_code)
+    if isinstance(source, Path) and is_checkpoint(source):
+        return load(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    loader = pretrained.native_class(pretrained.config_of(source))
+    loaded, unmet, unused = pretrained.read(loader, source, dtype, device, ModelError, trust_remote_code)
+    admission.check_in_memory(loaded)
+    if left := admission.check_unused(source, loaded, unused):
+        log.warning("%s: not compressed and not saved again, as it is no part of the model: %s", model, ", ".join(left))
     if unmet:
         raise ModelError(f"{model}: the weight files are not what {CONFIG} describes: {unmet[0]}.")
     return loaded
 
 
-def load_tokenizer(model: str | Path) -> "PreTrainedTokenizerBase":
+def examine(model: str, trust_remote_code: bool = False) -> str | Path:
+    """Where a model is, once all is refused that can be without reading its weights. Raises `ModelError`."""
+    source = admission.locate(model)
+    if isinstance(source, Path):
+        if is_checkpoint(source):
+            return source
+        if not any(source.glob("pytorch_model*.bin")):
+            pretrained.weight_files(source, ModelError)
+    config = pretrained.config_of(source)
+    admission.check_source(source, config)
+    admission.check_code(source, config, trust_remote_code)
+    return source
+
+
+def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
     """The tokenizer of a hub id, a folder or a checkpoint. Raises `ModelError` when there is none."""
     import transformers
 
-    source = pretrained.locate(str(model))
+    folder = Path(model).expanduser()
+    source = folder if folder.is_dir() else pretrained.locate(str(model))  # a tokenizer may have a folder of its own
     with pretrained.quiet(), pretrained.unreadable(source, ModelError, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
-            str(source), local_files_only=pretrained.offline(source), trust_remote_code=False
+            str(source), local_files_only=pretrained.offline(source), trust_remote_code=trust_remote_code
         )
     return tokenizer
 
 
-def skeleton(model: str, *, dense: bool = False) -> "PreTrainedModel":
+def skeleton(model: str, *, dense: bool = False, trust_remote_code: bool = False) -> "PreTrainedModel":
     """The model of a hub id or a folder on the meta device: all of its structure, none of its weights.
 
     `dense` gives what a checkpoint of eckart was before its layers were factorised.
@@ -147,17 +219,27 @@ def skeleton(model: str, *, dense: bool = False) -> "PreTrainedModel":
 
     from eckart.portable import hf
 
-    source = pretrained.locate(model)
+    source = admission.locate(model)
+    written = pretrained.config_of(source)
+    quantization = written.get("quantization_config")
+    ours = isinstance(quantization, dict) and quantization.get("quant_method") == hf.METHOD
+    if not ours:
+        admission.check_source(source, written)
+    admission.check_code(source, written, trust_remote_code)
+    loader = pretrained.native_class(written)
     with pretrained.quiet(), pretrained.unreadable(source, ModelError, "model"):
         config = transformers.AutoConfig.from_pretrained(
-            str(source), local_files_only=pretrained.offline(source), trust_remote_code=False
+            str(source), local_files_only=pretrained.offline(source), trust_remote_code=trust_remote_code
         )
         with torch.device("meta"):
-            built: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        quantization = getattr(config, "quantization_config", None)
-        if not dense and isinstance(quantization, dict) and quantization.get("quant_method") == hf.METHOD:
-            hf.EckartQuantizer(hf.EckartConfig.from_dict(quantization)).preprocess_model(built)
-    return built
+            if loader is transformers.AutoModelForCausalLM:
+                built = loader.from_config(config, trust_remote_code=trust_remote_code)
+            else:
+                built = loader(config)
+        if ours and not dense:
+            hf.EckartQuantizer(hf.EckartConfig.from_dict(config.quantization_config)).preprocess_model(built)
+    skeleton: PreTrainedModel = built
+    return skeleton
 
 
 def is_checkpoint(folder: str | Path) -> bool:
@@ -187,17 +269,6 @@ def read_provenance(folder: str | Path) -> dict[str, Any]:
     """The provenance of a checkpoint, empty if it has none. Raises `CheckpointError` when it is damaged."""
     path = Path(folder) / PROVENANCE
     return numbers(pretrained.read_json(path, CheckpointError)) if path.exists() else {}
-
-
-def _native_class(config: Mapping[str, Any]) -> Any:
-    """The class that was saved, which is not always what the auto class would choose."""
-    import transformers
-
-    name = (config.get("architectures") or [""])[0]
-    native = getattr(transformers, name, None) if name.isidentifier() else None
-    if isinstance(native, type) and issubclass(native, transformers.PreTrainedModel):
-        return native
-    return transformers.AutoModelForCausalLM
 
 
 def _specs(folder: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -246,31 +317,9 @@ def _difference(plan: Plan, specs: Mapping[str, Mapping[str, Any]]) -> str:
     return ""
 
 
-def _verify(folder: Path, weights: list[Path]) -> None:
-    """Compare the weight files with what the provenance says of them, where it says anything."""
-    recorded = read_provenance(folder).get("files")
-    if recorded is None:
-        return
-    if set(recorded) != {path.name for path in weights}:
-        raise CheckpointError(f"{folder}: its weight files are not those that {PROVENANCE} names: {sorted(recorded)}.")
-    for path in weights:
-        actual, saved = _fingerprint(path), recorded[path.name]
-        for what in ("bytes", "sha256"):
-            if actual[what] != saved[what]:
-                raise CheckpointError(
-                    f"{path}: is not what was saved: {what} {actual[what]}, but {saved[what]} in {PROVENANCE}; "
-                    "copy or download it again."
-                )
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(to_json(data, indent=1) + "\n", encoding="utf-8")
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write JSON that every reader takes, whole or not at all."""
+    files.write_text(path, to_json(data, indent=1) + "\n")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 from eckart import storages
 
 PORTABLE = Path(storages.__file__).parent.parent / "portable"
-FILES = ("modeling_eckart.py", "hf.py", "linear.py", "tensor_parallel.py")
+FILES = ("modeling_eckart.py", "hf.py", "hashes.py", "inventory.py", "linear.py", "tensor_parallel.py")
 INDEX = "storages.py"  # in place of the package `eckart.storages`
 
 
@@ -39,6 +39,13 @@ def write_code(folder: Path, model: Any) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config["auto_map"] = {auto: f"{hf.CODE}.{native.__name__}" for auto, native in classes.items()}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")  # as transformers writes it
+
+
+def names_in(folder: Path) -> set[str]:
+    """The files of ours among those of a folder, by name; none where no such code was written."""
+    if not (folder / FILES[0]).is_file():
+        return set()
+    return {*FILES, INDEX, "base.py", *(f"{name}.py" for name in storages.names())}
 
 
 def _file(module: Any) -> Path:

@@ -54,7 +54,7 @@ def convert(folder: str | Path, *, storage: str, out: str | Path, progress: Prog
     plan, reached = _plan(checkpoint.read_plan(folder), model, layout)
     provenance = {**checkpoint.read_provenance(folder), "converted_to": storage, "ledger": reached.to_dict()}
     spectra = spectra_file.read(folder)
-    checkpoint.save(model, out, tokenizer=tokenizer, plan=plan, provenance=provenance, spectra=spectra)
+    checkpoint.save(model, out, tokenizer=tokenizer, plan=plan, provenance=provenance, spectra=spectra, source=folder)
     return Conversion(reached, len(names), left)
 
 

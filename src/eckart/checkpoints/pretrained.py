@@ -2,7 +2,7 @@
 
 import json
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,12 +62,13 @@ def read(
     dtype: torch.dtype | None,
     device: torch.device | str | None,
     kind: type[UserError],
+    trust_remote_code: bool = False,
 ) -> tuple["PreTrainedModel", list[str], list[str]]:
     """Read a model by `loader.from_pretrained`, with no word printed.
 
     Returns the model, what it did not get from the files (missing tensors, and those of another
-    shape) and what of the files it did not use, in words. The caller must not let a model pass that
-    lacks something: transformers has filled it at random. Failures to read are raised as `kind`.
+    shape) in words, and the names of tensors in the files that it did not use. The caller must not let a model pass
+    that lacks something: transformers has filled it at random. Failures to read are raised as `kind`.
     """
     from eckart.portable import hf  # noqa: F401  registers the quantizer
 
@@ -77,7 +78,7 @@ def read(
             dtype=dtype or "auto",
             device_map=None if device is None else str(device),
             local_files_only=offline(source),
-            trust_remote_code=False,
+            trust_remote_code=trust_remote_code,
             # Otherwise transformers raises an error that does not say which tensor it is.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
@@ -87,7 +88,30 @@ def read(
         for key, shape, expected in sorted(info["mismatched_keys"])
     ]
     unmet += _few(sorted(info["missing_keys"]), "missing from the files")
-    return model, unmet, _few(sorted(info["unexpected_keys"]), "in the files but not in the model")
+    return model, unmet, sorted(info["unexpected_keys"])
+
+
+def config_of(source: str | Path) -> dict[str, Any]:
+    """The configuration of a folder or a hub id as it is written, before transformers makes anything of it."""
+    if isinstance(source, Path):
+        return read_json(source / CONFIG, ModelError)
+    from transformers import PreTrainedConfig
+
+    with quiet(), unreadable(source, ModelError, "model"):
+        config, _ = PreTrainedConfig.get_config_dict(source, local_files_only=offline(source))
+    return dict(config)
+
+
+def native_class(config: Mapping[str, Any]) -> Any:
+    """The class that was saved, which is not always what the auto class would choose."""
+    import transformers
+
+    names = config.get("architectures") or [""]
+    name = names[0] if isinstance(names, list) and isinstance(names[0], str) else ""
+    native = getattr(transformers, name, None) if name.isidentifier() else None
+    if isinstance(native, type) and issubclass(native, transformers.PreTrainedModel):
+        return native
+    return transformers.AutoModelForCausalLM
 
 
 def _few(keys: list[str], what: str) -> list[str]:

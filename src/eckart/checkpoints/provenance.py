@@ -22,6 +22,8 @@ def compress_command(
     exclude: Sequence[str],
     device: str,
     dtype: str,
+    tokenizer: str | None = None,
+    trust_remote_code: bool = False,
 ) -> str:
     """The `eckart compress` line that does a run again, be it the library or the command line that did it.
 
@@ -35,6 +37,7 @@ def compress_command(
         "storage": storage,
         "device": device if device != "cpu" else None,
         "dtype": dtype if dtype != "auto" else None,
+        "tokenizer": tokenizer,
     }
     for field in () if calibration is None else fields(calibration):
         value = getattr(calibration, field.name)
@@ -48,6 +51,7 @@ def compress_command(
         words += ["--option", f"{name}={_one_way(value)}"]
     for flag, values in (("--include", include), ("--exclude", exclude)):
         words += [word for value in values for word in (flag, value)]
+    words += ["--trust-remote-code"] if trust_remote_code else []
     return shlex.join([*words, "--out", "DIR"])
 
 

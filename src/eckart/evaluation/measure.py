@@ -17,6 +17,7 @@ from eckart.progress import Progress, silent, track
 from eckart.support import dtypes
 from eckart.support.versions import versions
 from eckart.text import data
+from eckart.text.fit import check_fit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -93,7 +94,7 @@ def _measure(
     """The figures of one corpus, both models side by side on each window."""
     models = [compressed] if dense is None else [compressed, dense]
     for model in models:
-        data.check_length(corpus, model)
+        check_fit(corpus, model)
     pieces = list(corpus.ids)
     if protocol.mean == "window" and len(corpus.tail) > 1:
         pieces.append(corpus.tail)

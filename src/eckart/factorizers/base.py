@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eckart.errors import NumericalError, PlanError
 from eckart.linalg import Decomposition, Metric
-from eckart.statistics.sums import GroupStatistics, Need
+from eckart.statistics.sums import GRADIENT_NEEDS, GroupStatistics, Need
 from eckart.types import Entry, Factors, Group, Spectrum
 
 
@@ -67,6 +67,11 @@ class Factorizer(ABC):
     """Decomposes weights. The fields of the dataclass are the method's options."""
 
     needs: ClassVar[tuple[Need, ...]] = ()
+
+    @property
+    def needs_predictions(self) -> bool:
+        """Whether statistics come from the model's loss, and so from logits of a next token."""
+        return bool(GRADIENT_NEEDS & set(self.needs))
 
     @abstractmethod
     def metric(self, weight: Tensor, statistics: GroupStatistics) -> Metric:

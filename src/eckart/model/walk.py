@@ -169,19 +169,32 @@ def prove(model: nn.Module, residence: Residence, ids: Tensor) -> None:
     states from block to block, or has its blocks somewhere else than where they were found.
     """
     ids = ids[None, :PROOF].to(residence.device)
-    expected = model(input_ids=ids, use_cache=False)
+    try:
+        expected = _answer(model(input_ids=ids, use_cache=False))
+    except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{type(model).__name__}: does not run on token ids alone: {reason}") from None
     stream = pass_blocks(residence, open_stream(model, residence, [ids]))
-    actual = run_tail(model, residence, stream, 0)
-    if not hasattr(expected, "logits"):
-        raise ModelError(f"{type(model).__name__}: gives no logits of a next token, so its losses cannot be measured.")
-    gap = (actual.logits - expected.logits).float().abs().max()
-    scale = expected.logits.float().abs().max()
+    actual = _answer(run_tail(model, residence, stream, 0))
+    gap, scale = (actual - expected).float().abs().max(), expected.float().abs().max()
     if not gap <= TOLERANCE * scale.clamp(min=1e-30) and torch.isfinite(scale):
         raise ModelError(
             f"{type(model).__name__}: run block by block, its predictions differ from its own (by {gap / scale:.1e} of "
             f"the largest); the blocks in {residence.name!r} are not run one after the other, once each, so eckart "
             "cannot compress this model."
         )
+
+
+def _answer(output: Any) -> Tensor:
+    """What a model says in the end: logits, or the states of a model without a head."""
+    answer: Tensor = output.logits if getattr(output, "logits", None) is not None else output[0]
+    return answer
+
+
+def predicts_tokens(model: nn.Module) -> bool:
+    """True for a model that gives logits of a next token, which losses are measured by; not so embedders and judges."""
+    generates = getattr(model, "can_generate", None)
+    return bool(generates()) if callable(generates) else True
 
 
 @contextmanager

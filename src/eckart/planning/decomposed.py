@@ -29,15 +29,19 @@ log = logging.getLogger(__name__)
 class Decomposed(Mapping[str, GroupDecomposition]):
     """The decompositions of some groups, by name, in their order.
 
-    `unreached` are the targets of the groups that have none, since no token of the calibration reached a member.
+    `left` are the targets of the groups that have none, with the reason in words.
     """
 
     def __init__(
-        self, model: nn.Module, groups: Sequence[Group], decompositions: Mapping[str, GroupDecomposition]
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        decompositions: Mapping[str, GroupDecomposition],
+        left: Mapping[str, str],
     ) -> None:
         self.model, self.groups = model, [group for group in groups if group.name in decompositions]
         self._decompositions = {group.name: decompositions[group.name] for group in self.groups}
-        self.unreached = [name for group in groups if group.name not in decompositions for name in group.names]
+        self.left = left
 
     def __getitem__(self, name: str) -> GroupDecomposition:
         return self._decompositions[name]
@@ -99,8 +103,8 @@ def decompose(
     `windows` is `[windows, length]` token ids, or None for a factorizer without needs. A group is
     decomposed as soon as the sweep has passed all its members, and statistics that no other group
     waits for are dropped at once, so that the Grams of one block are in memory, not of all. With `spill`, a folder,
-    decompositions are moved there as they are made. A group with a member that no token reached has no decomposition;
-    raises `DataError` when that goes for all.
+    decompositions are moved there as they are made. A group with a member that no token reached, or no gradient where
+    the factorizer asks for it, has no decomposition; raises `DataError` when that goes for all.
     """
     waiting = _Waiting(factorizer, list(groups), spill)
     for statistics in _sweep(model, layout, groups, factorizer, windows, progress):
@@ -109,24 +113,26 @@ def decompose(
         give_back()
     decompositions = waiting.decompositions
     if groups and not decompositions:
+        name, reason = next(iter(waiting.left.items()))
         raise DataError(
-            f"no token of the calibration reached {groups[0].name}, nor any other layer to compress; calibrate on more "
-            "text, or on text of the kind that the model is for."
+            f"{name}: {reason}, and so it is with every other layer to compress; calibrate on more text, or on text of "
+            "the kind that the model is for."
         )
     notes = Counter(decomposition.note for decomposition in decompositions.values() if decomposition.note)
     for note, count in notes.items():
         log.warning("%s (%d of %d groups)", note, count, len(decompositions))
-    return Decomposed(model, groups, decompositions)
+    return Decomposed(model, groups, decompositions, waiting.left)
 
 
 @dataclass
 class _Waiting:
-    """Groups of which not every member has been passed yet, what is kept for them, and those that are decomposed."""
+    """Groups of which not every member has been passed yet, what is kept for them, and those that are done."""
 
     factorizer: Factorizer
     groups: list[Group]
     spill: Path | None
     decompositions: dict[str, GroupDecomposition] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
     statistics: dict[str, Statistics] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
 
@@ -143,8 +149,10 @@ class _Waiting:
 
     def _decompose(self, group: Group) -> None:
         collected = tuple(self.statistics[name] for name in group.names) if self.factorizer.needs else ()
-        if any(member.tokens == 0 for member in collected):
-            return
+        for member in collected:
+            if reason := member.unknown:
+                self.left |= dict.fromkeys(group.names, reason)
+                return
         members = GroupStatistics(collected)
         decomposition = self.factorizer.decompose(group, [self.weights[name] for name in group.names], members)
         decomposition.drift = members.drift

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eckart import ledger
-from eckart.checkpoints import checkpoint
+from eckart.checkpoints import admission, checkpoint
 from eckart.errors import OptionError
 from eckart.ledger import Ledger
 from eckart.measuring.held_out import WINDOWS as UNSEEN
@@ -22,6 +22,7 @@ from eckart.support import dtypes
 from eckart.support.memory import give_back
 from eckart.text import data
 from eckart.text.calibration import Calibration
+from eckart.text.fit import check_fit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,13 +32,17 @@ log = logging.getLogger("eckart.run")
 
 @dataclass
 class Loaded:
-    """A model that is to be compressed, in its computing dtype; `source` is its name, None for a model in memory."""
+    """A model that is to be compressed, in its computing dtype.
+
+    `source` is its name, None for a model in memory; `own_tokenizer` says that the tokenizer came from there too.
+    """
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
     layout: Layout
     stored_dtype: torch.dtype
     source: str | None
+    own_tokenizer: bool = True
 
     def ledger(self, plan: Plan) -> Ledger:
         """What a plan costs in the dtype that is stored."""
@@ -47,12 +52,13 @@ class Loaded:
 
 def load(
     model: "str | PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase | None",
+    tokenizer: "str | PreTrainedTokenizerBase | None",
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     device: str = "cpu",
     dtype: str = "auto",
+    trust_remote_code: bool = False,
     stages: Stages,
 ) -> Loaded:
     """Load a model by name, or take one in memory, and find its targets.
@@ -61,16 +67,20 @@ def load(
     nothing to compress.
     """
     named = dtypes.named(dtype)
-    if device.startswith("mps"):
-        raise OptionError(f"device is {device!r}, which has no float64, as sums of statistics need; use cpu or cuda.")
     with stages("load", counts=True):
         source = model if isinstance(model, str) else None
-        if isinstance(model, str):
-            dense = checkpoint.load_model(model, device=device)
-            tokenizer = tokenizer or checkpoint.load_tokenizer(model)
-        elif tokenizer is None:
+        if source is None and tokenizer is None:
             raise OptionError("a model in memory comes without its tokenizer; pass tokenizer=...")
+        if isinstance(model, str):
+            checkpoint.examine(model, trust_remote_code)
+        own = tokenizer is None
+        name = source if own else tokenizer
+        if isinstance(name, str):
+            tokenizer = checkpoint.load_tokenizer(name, trust_remote_code)
+        if isinstance(model, str):
+            dense = checkpoint.load_model(model, device=device, trust_remote_code=trust_remote_code)
         else:
+            admission.check_in_memory(model)
             dense = model
         stored = named or dense.dtype
         dtypes.cast_(dense, dtypes.compute_dtype(stored, dense.device))
@@ -78,7 +88,7 @@ def load(
     layout = discover(dense, include, exclude)
     log.info("%s: %d targets in %s", type(dense).__name__, len(layout.targets), layout.blocks)
     check_finite(dense, layout.targets)
-    return Loaded(dense, tokenizer, layout, stored, source)
+    return Loaded(dense, tokenizer, layout, stored, source, own)
 
 
 @dataclass
@@ -98,7 +108,7 @@ class Text:
                 self.windows = data.load_windows(
                     spec.pop("data"), self.loaded.tokenizer, model=self.loaded.model, spare=UNSEEN, **spec
                 )
-                data.check_length(self.windows, self.loaded.model)
+                check_fit(self.windows, self.loaded.model)
                 prove(self.loaded.model, residence_of(self.loaded.model, self.loaded.layout), self.windows.ids[0])
                 give_back()  # what tokenising a whole corpus left
                 log.info("calibration: %s", self.windows.recipe)

@@ -100,10 +100,9 @@ def take_plan(
     groups, entries = resolve(plan, loaded.layout.targets)
     cut = [group for group, entry in zip(groups, entries, strict=True) if entry.rank is not None]
     decomposed = decompose_for(loaded, text, recipe, cut, spill=spill, stages=stages)
-    if decomposed.unreached:
+    for name, reason in decomposed.left.items():
         raise PlanError(
-            f"{decomposed.unreached[0]}: has a rank in the plan, but no token of the calibration reached it; make it "
-            "dense there, or calibrate on text that reaches it."
+            f"{name}: has a rank in the plan, but {reason}; make it dense there, or calibrate on text that reaches it."
         )
     settled = Plan(tuple(decomposed.settle(entries)), plan.asked, {}, plan.made_by)
     plan = replace(settled, reached=loaded.ledger(settled).to_dict())
@@ -116,7 +115,7 @@ def decompose_for(
 ) -> Decomposed:
     """Decompose the groups by the recipe's factorizer, which reads the text only if it needs statistics.
 
-    Targets that no token of the text reached leave the layout, with the reason.
+    Targets of which nothing is known after the text leave the layout, with the reason.
     """
     factorizer = recipe.make_factorizer()
     ids = text.ids() if factorizer.needs and groups else None
@@ -124,9 +123,10 @@ def decompose_for(
         decomposed = decompose(
             loaded.model, loaded.layout, groups, factorizer, ids, spill=spill, progress=stages.progress
         )
-    if decomposed.unreached:
-        log.warning("%s stay dense: no token of the calibration reached them", ", ".join(decomposed.unreached))
-        loaded.layout = loaded.layout.without(decomposed.unreached, "no token of the calibration reached it")
+    for reason in dict.fromkeys(decomposed.left.values()):
+        names = [name for name, why in decomposed.left.items() if why == reason]
+        log.warning("stays dense, since %s: %s", reason, ", ".join(names))
+        loaded.layout = loaded.layout.without(names, reason)
     return decomposed
 
 

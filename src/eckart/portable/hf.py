@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.quantizers import auto
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -19,6 +20,8 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .hashes import check_hashes
+from .inventory import check_files, local_name
 from .linear import empty_like, is_factorized, is_linear, share_basis_, swap_, weight_view
 
 try:
@@ -35,19 +38,26 @@ Specs = dict[str, dict[str, Any]]
 class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The `quantization_config` of a checkpoint: for each factorised layer, how it is stored.
 
+    `EckartConfig(verify=True)`, handed to `from_pretrained`, compares the files with the hashes in `provenance.json`.
+
     `modules` maps the dotted name of a layer to `{"storage": "pair", "rank": r}`, with
     `"basis_of": other` when the layer reads the basis that `other` owns, or to
     `{"storage": "pivoted", "rank": r, "pivots": "rows"}`. Raises `ValueError` for a
     newer format, an empty `modules` and a `basis_of` that names no owner.
     """
 
-    def __init__(self, modules: Specs | None = None, format_version: int = FORMAT_VERSION, **_: Any) -> None:
+    def __init__(
+        self, modules: Specs | None = None, format_version: int = FORMAT_VERSION, verify: bool = False, **_: Any
+    ) -> None:
         if not isinstance(format_version, int) or not 1 <= format_version <= FORMAT_VERSION:
             raise ValueError(
                 f"format_version is {format_version!r}, but this eckart reads up to {FORMAT_VERSION}; "
                 "install a newer eckart."
             )
-        if not isinstance(modules, dict) or not modules:
+        self.verify = verify
+        if verify and modules is None:  # a wish for loading; transformers takes it over into the checkpoint's own
+            modules = {}
+        elif not isinstance(modules, dict) or not modules:
             raise ValueError(f"modules is {modules!r}, but it must map at least one layer to its storage.")
         for name, spec in modules.items():
             if not isinstance(spec, dict):
@@ -62,6 +72,14 @@ class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = METHOD
         self.format_version = format_version
         self.modules = modules
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What a configuration that is handed to `from_pretrained` changes in the checkpoint's own."""
+        return {"verify": self.verify}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `config.json` holds it: whether to compare hashes is not of the checkpoint."""
+        return {key: value for key, value in super().to_dict().items() if key != "verify"}
 
     @property
     def guard(self) -> str:
@@ -85,17 +103,29 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
                 )
         return device_map
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> None:
         config: EckartConfig = self.quantization_config
+        if config.verify:
+            check_hashes(checkpoint_files or ())
+        guard = config.guard
+        # A model that is read without its head, or with another, has other names for the same layers.
+        config.modules = _in_terms_of(model, config.modules)
         for name, spec in config.modules.items():
             _put_empty_(model, name, spec)
         _tie_(model, config.modules)
         forget_code_(model)
-        ignored = model._keys_to_ignore_on_load_unexpected
-        kind = set if isinstance(ignored, set) else list  # a list up to transformers 5.4, a set later
-        model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), f"^{re.escape(config.guard)}$"])
+        ignored = model._keys_to_ignore_on_load_unexpected or ()
+        names = "|".join(re.escape(key) for key in {guard, config.guard})
+        model._keys_to_ignore_on_load_unexpected = {*ignored, f"^({names})$"}
+        if checkpoint_files and all(str(path).endswith(".safetensors") for path in checkpoint_files):
+            check_files(model, config.modules, guard, checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        for name, spec in self.quantization_config.modules.items():
+            try:
+                find(spec["storage"]).check(model.get_submodule(name))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
         # accelerate reads the weights of an offloaded layer by that layer's name. A shared basis is in no file
         # under its user's name, and transformers adds the name only where its owner is offloaded as well.
         for name, spec in self.quantization_config.modules.items():
@@ -147,6 +177,26 @@ if METHOD not in AUTO_QUANTIZER_MAPPING:
     register_quantizer(METHOD)(EckartQuantizer)
 if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
     register_quantization_config(METHOD)(EckartConfig)
+    # Kinds of which transformers takes over what the caller asks of loading; it has no call to add one.
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, EckartConfig)
+
+
+def own_bases_(model: Any) -> int:
+    """Give each layer that reads another's basis a copy of its own; returns how many did.
+
+    For FSDP, which shards blocks apart and refuses a tensor that two of them share. Trained apart, the copies part
+    ways; the next checkpoint stores each of them.
+    """
+    readers = [name for name, spec in specs_of(model).items() if "basis_of" in spec]
+    for name in readers:
+        layer = model.get_submodule(name)
+        shared = layer.basis.weight
+        layer.basis.weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+        layer._tied_weights_keys = None
+        model.all_tied_weights_keys.pop(f"{name}.basis.weight", None)
+    if readers:
+        attach_(model, specs_of(model))
+    return len(readers)
 
 
 def _device_of(name: str, device_map: dict[str, Any]) -> Any:
@@ -233,14 +283,16 @@ def forget_code_(model: Any) -> None:
             del model.config.auto_map
 
 
+def _in_terms_of(model: Any, specs: Specs) -> Specs:
+    """The layers of a checkpoint under the names that they have in this model."""
+    names = {name: local_name(model, name) for name in specs}
+    readers = {name: {"basis_of": names[spec["basis_of"]]} for name, spec in specs.items() if "basis_of" in spec}
+    return {names[name]: {**spec, **readers.get(name, {})} for name, spec in specs.items()}
+
+
 def _put_empty_(model: nn.Module, name: str, spec: dict[str, Any]) -> None:
     """Replace the dense layer `name` by an empty one of the storage that `spec` says."""
-    try:
-        old = model.get_submodule(name)
-    except AttributeError:
-        raise ValueError(
-            f"{name}: named in quantization_config, but {type(model).__name__} has no such layer."
-        ) from None
+    old = model.get_submodule(name)
     if not is_linear(old):
         raise ValueError(f"{name}: named in quantization_config, but it is a {type(old).__name__}, not a linear layer.")
     try:

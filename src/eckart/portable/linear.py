@@ -3,9 +3,12 @@
 Checkpoints are read through this file too, so it travels with them: torch and the storages alone.
 """
 
+import copy
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 try:
@@ -18,13 +21,43 @@ if TYPE_CHECKING:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """True for `nn.Linear` and for GPT-2's `Conv1D`, which stores its weight transposed."""
-    return type(module) is nn.Linear or _is_transposed(module)
+    """True for `nn.Linear`, subclasses that compute the same, and GPT-2's `Conv1D`, whose weight is transposed."""
+    return type(module) is nn.Linear or _is_transposed(module) or _is_plain_subclass(module)
 
 
 def is_factorized(module: nn.Module) -> "TypeIs[FactorizedLayer]":
     """True for the factorised layers of this package, whatever their storage."""
     return isinstance(module, FactorizedLayer)
+
+
+_PROBED: dict[type, bool] = {}
+
+
+def _is_plain_subclass(module: nn.Module) -> bool:
+    """A subclass of `nn.Linear` with nothing but a weight and a bias, whose forward computes `W x + b`."""
+    if not isinstance(module, nn.Linear) or [*module.children()] or [*module.buffers(recurse=False)]:
+        return False
+    shape = (module.out_features, module.in_features)
+    if set(module._parameters) != {"weight", "bias"} or module.weight.shape != shape:
+        return False
+    if type(module) not in _PROBED:
+        _PROBED[type(module)] = _computes_linear(module)
+    return _PROBED[type(module)]
+
+
+@torch.no_grad()
+def _computes_linear(module: nn.Linear) -> bool:
+    """Try a small copy of a layer on a few numbers."""
+    probe = copy.copy(module)
+    probe.in_features, probe.out_features = 5, 3
+    numbers = torch.linspace(-1, 2, 58, device="cpu") ** 3
+    weight, bias, x = numbers[:15].view(3, 5), numbers[15:18], numbers[18:].view(2, 4, 5)
+    probe._parameters = {"weight": nn.Parameter(weight), "bias": nn.Parameter(bias)}
+    probe._forward_hooks, probe._forward_pre_hooks = OrderedDict(), OrderedDict()
+    try:
+        return torch.allclose(probe(x), nn.functional.linear(x, weight, bias), atol=1e-5)
+    except Exception:  # whatever a foreign forward raises when its surroundings are missing
+        return False
 
 
 def _is_transposed(module: nn.Module) -> bool:

@@ -1,8 +1,8 @@
 """What `trust_remote_code=True` runs: the model classes of a checkpoint, for readers without the package.
 
-A checkpoint holds this file beside `hf.py`, `linear.py`, `tensor_parallel.py` and its storages, byte for byte as
-they are in the package. Importing it registers the quantizer. It prefers the installed package, so that one
-process never has two kinds of factorised layer. Needs torch and transformers alone.
+A checkpoint holds this file beside `hf.py`, what that imports and its storages, byte for byte as they are in the
+package. Importing it registers the quantizer. It prefers the installed package, so that one process never has two kinds
+of factorised layer. Needs torch and transformers alone.
 """
 
 import sys

@@ -48,6 +48,11 @@ class Refinement:
 class Refiner(ABC):
     """Improves factors that are in place. The fields of the dataclass are the method's options."""
 
+    @property
+    def needs_predictions(self) -> bool:
+        """Whether it looks at the logits of a next token; others do with hidden states."""
+        return False
+
     def applies(self, keep: float) -> bool:
         """Whether to run at all when the share `keep` of the targets' parameters is left."""
         return True

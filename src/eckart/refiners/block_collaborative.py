@@ -88,6 +88,10 @@ class BlockCollaborative(Refiner):
                 "those that are in place are not; use block_collaborative.form=free."
             )
 
+    @property
+    def needs_predictions(self) -> bool:
+        return self.metric == "gradient"
+
     def refine_(self, refinement: Refinement) -> None:
         unseen = refinement.unseen if self.start == "found" else None
         batches, train, held_out = split_windows(refinement.windows, self.batch, self.held_out, unseen)

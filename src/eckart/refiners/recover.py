@@ -71,6 +71,10 @@ class Recover(Refiner):
         if not 0 <= self.warm_up < 1:
             raise OptionError(f"recover.warm_up is {self.warm_up:g}, but must lie in [0, 1).")
 
+    @property
+    def needs_predictions(self) -> bool:
+        return True
+
     def refine_(self, refinement: Refinement) -> None:
         layers = [refinement.model.get_submodule(name) for name in refinement.dense_weights]
         factors = list({id(p): p for layer in layers for p in _factors(layer)}.values())

@@ -127,15 +127,23 @@ def backward_block(
         entrance = entrance.detach().requires_grad_()
         with Recorder(block, targets, own_inputs=True) as recorder, torch.enable_grad():
             output = call.run(block, entrance)
-            uses = recorder.uses
+            # What only chooses, such as an indexer of sparse attention, runs apart from the gradient or ends there.
+            uses = [(target, x, y) for target, x, y in recorder.uses if y.requires_grad]
             tall = [x for target, x, _ in uses if needs & GRADIENT_GRAM_NEEDS and _is_tall(target)]
             tensors = [entrance, *(y for _, _, y in uses), *tall]
-            gradients[index], *inner_gradients = torch.autograd.grad(output, tensors, gradients[index])
+            gradients[index], *inner_gradients = torch.autograd.grad(
+                output, tensors, gradients[index], allow_unused=True
+            )
+        for target, _, y in recorder.uses:
+            result[target.name].without_gradient |= not y.requires_grad
         at_inputs = iter(inner_gradients[len(uses) :])
         for (target, x, _), gradient in zip(uses, inner_gradients[: len(uses)], strict=True):
             statistics, windows = result[target.name], len(entrance)
+            pulled = next(at_inputs) if needs & GRADIENT_GRAM_NEEDS and _is_tall(target) else None
+            if gradient is None:
+                statistics.without_gradient = True
+                continue
             if needs & GRADIENT_GRAM_NEEDS:
-                pulled = next(at_inputs) if _is_tall(target) else None
                 _add_gradient(statistics, target, gradient, pulled)
                 statistics.predictions += windows * (entrance.shape[1] - 1)
             if Need.WEIGHT_FISHER in needs:

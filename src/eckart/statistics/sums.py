@@ -108,7 +108,8 @@ class Statistics:
     `W^T G W` `[in, in]` instead, the Gram of the layer's own input gradients. `gradient_energy` is
     `sum |g|^2 / out`, and `predictions` counts the tokens that were predicted.
 
-    `early` is what the Grams, energies and counts were at the mark; None without one.
+    `early` is what the Grams, energies and counts were at the mark; None without one. `without_gradient` says that no
+    gradient reached the layer's output: it chooses (tokens to attend to, say), and what it does to the loss is unknown.
     """
 
     tokens: int = 0
@@ -123,6 +124,14 @@ class Statistics:
     gradient_energy: float = 0.0
     predictions: int = 0
     early: "Statistics | None" = None
+    without_gradient: bool = False
+
+    @property
+    def unknown(self) -> str | None:
+        """Why nothing is known of the layer, in words; None if something is."""
+        if self.tokens == 0:
+            return "no token of the calibration reached it"
+        return "no gradient of the loss reaches it" if self.without_gradient else None
 
     def mark(self) -> None:
         """Remember the Grams, energies and counts so far as `early`."""

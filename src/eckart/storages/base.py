@@ -129,6 +129,9 @@ class Storage(ABC):
     ) -> FactorizedLayer:
         """The layer of a checkpoint's entry, on the meta device. Raises `ValueError` for an entry that is not valid."""
 
+    def check(self, layer: Any) -> None:
+        """Raise `ValueError` when a layer holds what none of this storage can, such as an index that repeats."""
+
     @abstractmethod
     def of_pair(self, pair: Pair) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The entry and the tensors, bias included, that store a pair. Raises `ValueError` if they cannot."""
@@ -153,6 +156,12 @@ def checked_rank(spec: Mapping[str, Any], most: int, why: str, out_features: int
             f"rank is {rank!r}, but it must be a whole number in [1, {most}], {why} of {out_features} x {in_features}."
         )
     return rank
+
+
+def check_permutation(name: str, index: Tensor) -> None:
+    """Raise `ValueError` unless an index holds each number of its range once. One on the meta device passes."""
+    if not index.is_meta and not torch.equal(index.long().sort().values, torch.arange(len(index), device=index.device)):
+        raise ValueError(f"{name} must hold every number below {len(index)} once, and does not; the file is damaged.")
 
 
 def fixed(weight: Tensor) -> nn.Parameter:

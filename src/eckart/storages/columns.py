@@ -6,7 +6,7 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from .base import FactorizedLayer, Pair, Size, Storage, checked_rank, fixed
+from .base import FactorizedLayer, Pair, Size, Storage, check_permutation, checked_rank, fixed
 from .pair import FactorizedLinear, pair_of
 
 INDEX_BYTES = 4  # of one entry of an index, int32
@@ -101,6 +101,12 @@ class ColumnStorage(Storage):
         if not isinstance(kept, int) or isinstance(kept, bool) or not 1 <= kept <= most:
             raise ValueError(f"kept is {kept!r}, but it must be a whole number in [1, {most}], which is in - rank.")
         return KeptColumnsLinear(in_features, out_features, rank, kept, bias, "meta", dtype)
+
+    def check(self, layer: KeptColumnsLinear) -> None:
+        check_permutation("column_order", layer.column_order)
+        for part in layer.column_order.split([layer.in_features - layer.kept_columns, layer.kept_columns]):
+            if not part.is_meta and (part.diff() <= 0).any():
+                raise ValueError("column_order must rise within each of its two parts; the file is damaged.")
 
     def of_pair(self, pair: Pair) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if pair.kept is None:

@@ -6,7 +6,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from .base import FactorizedLayer, Pair, Size, Storage, checked_rank, fixed
+from .base import FactorizedLayer, Pair, Size, Storage, check_permutation, checked_rank, fixed
 from .pair import pair_of
 
 INDEX_BYTES = 4  # of one entry of an index, int32
@@ -92,6 +92,9 @@ class PivotedStorage(Storage):
         if pivots not in ("rows", "columns"):
             raise ValueError(f"pivots is {pivots!r}, but it must be 'rows' or 'columns'.")
         return PivotedLinear(in_features, out_features, rank, bias, "meta", dtype, pivots=pivots)
+
+    def check(self, layer: PivotedLinear) -> None:
+        check_permutation("index", layer.index)
 
     def of_pair(self, pair: Pair, pivots: Any = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """`pivots` chooses the side, "rows" or "columns"; by default the smaller one."""

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eckart.errors import OptionError
 
@@ -34,3 +34,33 @@ def cast_(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast the parameters in place, tied ones once; buffers stay (a rotary table would lose its digits)."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
+
+
+def round_(model: nn.Module, dtype: torch.dtype) -> bool:
+    """Round the parameters in place to what `dtype` can hold, in the dtype that they have; True if that is narrower.
+
+    So that what is measured is the model as it will be stored. Raises `OptionError` that names the first parameter
+    whose values lie beyond the range of `dtype`.
+    """
+    rounded = False
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != dtype:
+            parameter.data.copy_(_narrow(name, parameter.data, dtype))
+            rounded = True
+    return rounded
+
+
+def check_range(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Raise `OptionError` for values beyond the range of the dtype that they are to be stored in."""
+    if tensor.dtype != dtype:
+        _narrow(name, tensor.detach(), dtype)
+
+
+def _narrow(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    narrow = tensor.to(dtype)
+    if not torch.isfinite(narrow).all():
+        raise OptionError(
+            f"{name}: holds values up to {float(tensor.abs().max()):.4g}, but {str(dtype).removeprefix('torch.')} ends "
+            f"at {torch.finfo(dtype).max:.6g}; store in bfloat16, or float32 (--dtype)."
+        )
+    return narrow
