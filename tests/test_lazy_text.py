@@ -105,14 +105,14 @@ def byte_tokenizer(text):
     return PreTrainedTokenizerFast(tokenizer_object=inner)
 
 
-@pytest.mark.parametrize("small", range(4000, 4012))
-def test_a_cut_changes_no_token(tmp_path, monkeypatch, small):
-    monkeypatch.setattr(tokens, "SMALL", small)
+@pytest.mark.parametrize("piece", range(500, 516))
+def test_a_cut_changes_no_token(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(files, "PIECE", piece)
     text = "".join(f"The {i}th line,\n\n   said  so:\t'tis" + "\n" * (i % 4) for i in range(400))
     path = tmp_path / "long.txt"
     path.write_text(text)
     tokenizer = byte_tokenizer(text)
-    options = {"length": 8, "spare": 1000}
+    options = {"length": 1, "spare": 9000}
     whole = load_windows(str(path), tokenizer, windows=None, **options)
     monkeypatch.setattr(tokens, "AMPLE", 0)
     made = load_windows(str(path), tokenizer, windows=1, **options)
@@ -227,6 +227,25 @@ def test_a_list_of_rows_is_read_as_far_as_needed(tmp_path, read):
     for options in ({}, {"seed": 4}, {"windows": None}):
         assert torch.equal(load(path, **options).ids, load(lines, **options).ids)
     assert made.recipe.parts[0].reading == "first rows"
+
+
+@pytest.mark.parametrize("piece", [4, 5, 6, 7, 11, 64])
+def test_a_list_of_rows_may_be_cut_anywhere(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(files, "PIECE", piece)
+    rows = [
+        {"a": 'é"\\\n\ud83d', "b": [-1.5e-7, None, True, {}]},
+        {},
+        {"c": {"d": ["\u20ac", "🙂]}"]}, "e": 12345678901},
+    ]
+    for spaced in (
+        json.dumps(rows),
+        json.dumps(rows, indent=20),
+        json.dumps(rows, ensure_ascii=False, separators=(",", ":")),
+    ):
+        text = spaced.encode("utf-8", "surrogatepass").replace(b"\xed\xa0\xbd", b"")
+        path = tmp_path / "rows.json"
+        path.write_bytes(b"\n " + text + b"\n\n")
+        assert [row.values for row in json_rows.open_json(path)] == json.loads(text)
 
 
 def test_a_parquet_file_is_read_as_far_as_needed(tmp_path, monkeypatch):

@@ -44,6 +44,8 @@ def taken(path, column=""):
         ({"id": "i", "dialogue": CHAT, "languages": ["en"]}, "dialogue"),
         ({"body": "good", "stars": 4, "used": True}, "body"),
         ({"text": "good", "text_id": "x"}, "text"),
+        ({"text": None, "messages": CHAT}, "messages"),
+        ({"tools": CHAT, "n": 1}, "tools"),
     ],
 )
 def test_a_column_that_is_plain(tmp_path, ending, row, column):

@@ -210,10 +210,9 @@ def test_a_file_of_somebody_else(tmp_path, name):
         os.seteuid(0)
 
 
-@pytest.mark.parametrize("name", ["x" * 300 + ".txt", "a\0b.txt", "none/a.jsonl", "~nobody-at-all/a.txt", "a\0b"])
+@pytest.mark.parametrize("name", ["x" * 300 + ".txt", "a\0b.txt", "none/a.jsonl", "~nobody-at-all/a.txt", "\ud800.txt"])
 def test_a_name_that_cannot_be(tmp_path, name, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(DataError) as caught:
         text_of(name)
     assert "\n" not in str(caught.value)

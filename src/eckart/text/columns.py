@@ -34,11 +34,13 @@ def choose_column(name: str, asked: str, naming: str, head: Sequence[Row]) -> st
         if _kind_of_path(asked, head) not in ("nothing", "string", "chat"):
             raise DataError(f"{name}: has no column {asked!r} of strings or chats; {has}")
         return asked
-    if kinds.get("text") in ("nothing", "string"):
+    if kinds.get("text") == "string":
         return "text"
     chats = [column for column, kind in kinds.items() if kind == "chat"]
     if first := next((column for column in CHATS if column in chats), chats[0] if len(chats) == 1 else ""):
         return first
+    if kinds.get("text") == "nothing":
+        return "text"
     strings = [column for column, kind in kinds.items() if kind == "string"]
     if len(strings) == 1 and not (hindrance := _hindrance(strings[0], kinds)):
         return strings[0]

@@ -69,7 +69,7 @@ def open_table(name: str, rows: Rows, asked: str, naming: str, tokenizer: Any) -
     if not head:
         raise DataError(f"{name}: is empty; give a text.")
     column = choose_column(name, asked, naming, head)
-    rows = rows.only([top_of(column, head), TOOLS])
+    rows = rows.only(list(dict.fromkeys([top_of(column, head), TOOLS])))
     is_chat = _first_kind(rows, column) == "chat"
     rendering = chat.rendering_of(tokenizer) if is_chat else "text"
     log.info("%s: the text is column %r, %s", name, column, "as it is" if rendering == "text" else f"by {rendering}")
