@@ -154,6 +154,13 @@ def test_a_row_that_is_no_chat_is_named(tmp_path, value, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("column", ["", ":messages"])
+def test_a_first_row_that_is_no_chat_is_named(tmp_path, column):
+    path = write(tmp_path / "chat.jsonl", [{"messages": [{"role": "user"}]}, {"messages": MESSAGES}])
+    with pytest.raises(DataError, match=re.escape("line 1: 'messages' is [{'role': 'user'}], but must be a chat")):
+        text_of(path, column=column)
+
+
 @pytest.mark.parametrize(
     ("template", "said"),
     [

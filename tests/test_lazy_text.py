@@ -144,6 +144,19 @@ def test_a_small_text_is_read_whole(tmp_path):
     assert drawn.recipe.parts[0].reading == "whole"
 
 
+@pytest.mark.parametrize("more", [-1, 0, 1])
+@pytest.mark.parametrize("seed", [None, 1])
+def test_a_text_of_just_that_size(tmp_path, more, seed):
+    path = tmp_path / "text.txt"
+    path.write_text(words(2000)[: 4000 + more])
+    made, whole = load(path, seed=seed), load(path, windows=None)
+    assert made.recipe.parts[0].text_tokens == whole.recipe.parts[0].text_tokens or more >= 0
+    if seed is None:
+        assert torch.equal(made.ids, whole.ids[:4])
+    if made.recipe.parts[0].reading == "whole":
+        assert made.recipe.parts[0].text_tokens == whole.recipe.parts[0].text_tokens
+
+
 def test_more_windows_read_more(tmp_path):
     path = tmp_path / "long.txt"
     path.write_text(words(20_000))

@@ -65,6 +65,7 @@ def test_a_column_that_is_plain(tmp_path, ending, row, column):
         ({"body": "b", "messages": None}, f"{ONLY} 'body', stands beside lists or objects (messages)"),
         ({"id": "i", "n": 1}, f"{ONLY} 'id', is named like a label"),
         ({"conversation_id": "i"}, f"{ONLY} 'conversation_id', is named like a label"),
+        ({"tools": '[{"name": "f"}]', "n": 1}, f"{ONLY} 'tools', is named like a label"),
         ({"url": "i"}, f"{ONLY} 'url', is named like a label"),
         ({"messages": '[{"role": "user"}]'}, f"{ONLY} 'messages', is named like a label"),
         ({"chosen": CHAT, "rejected": CHAT}, "2 columns of chats (chosen, rejected)"),

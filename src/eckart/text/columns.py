@@ -16,7 +16,7 @@ CHATS = ("messages", "conversations")
 # Strings under such names are not text, even if they are the only ones.
 _LABEL = re.compile(
     r"(.*[_-])?(id|ids|idx|index|uuid|guid|key|hash|md5|sha1|sha256|url|uri|link|path|file|filename|source|origin|"
-    r"dataset|subset|split|domain|lang|language|date|time|timestamp|created|license|category|label|model)",
+    r"dataset|subset|split|meta|metadata|tools|functions|schema|domain|lang|language|date|time|timestamp|created|license|category|label|model)",
     re.IGNORECASE,
 )
 _MISSING = object()
@@ -31,7 +31,7 @@ def choose_column(name: str, asked: str, naming: str, head: Sequence[Row]) -> st
     kinds = kinds_of(head)
     has = f"its columns are {', '.join(map(named, _nameable(head))) or 'none'}."
     if asked:
-        if _kind_of_path(asked, head) not in ("nothing", "string", "chat"):
+        if kind_of_column(asked, head) not in ("nothing", "string", "chat"):
             raise DataError(f"{name}: has no column {asked!r} of strings or chats; {has}")
         return asked
     if kinds.get("text") == "string":
@@ -72,10 +72,12 @@ def kinds_of(head: Sequence[Row]) -> dict[str, Kind]:
 
 
 def _kind(values: Sequence[Any]) -> Kind:
-    """By the first value that says something; numbers with a list or an object among them are nested."""
+    """By the first value that says something, but chats and lists show among values that say less."""
     kinds = [kind_of(value) for value in values if value is not None and value != []]
     if not kinds:
         return "nested" if [] in values else "nothing"
+    if kinds[0] == "nested" and "chat" in kinds:  # a first row that is damaged
+        return "chat"
     return "nested" if kinds[0] == "other" and "nested" in kinds else kinds[0]
 
 
@@ -88,10 +90,11 @@ def kind_of(value: Any) -> Kind:
     return "nested" if isinstance(value, list | dict | tuple) else "other"
 
 
-def _kind_of_path(column: str, head: Sequence[Row]) -> Kind:
+def kind_of_column(column: str, head: Sequence[Row]) -> Kind:
+    """What a column, or a dotted path into objects, holds."""
     found = [_walk(row, column) for row in head]
     values = [value for value in found if value is not _MISSING]
-    return _kind(values) if values else "other"
+    return _kind(values) if values else "other"  # a column that no row has
 
 
 def value_at(row: Row, column: str) -> Any:

@@ -17,7 +17,7 @@ The texts of a source are joined and tokenised once, then cut into windows that 
 dropped. Without a seed they come from the start; a seed draws them at random, each at most once.
 
 No more is read than needed for the windows asked for (`eckart.text.tokens`): of rows, which are texts apart, up to
-`AMPLE` characters for each token; of a text file larger than `SMALL` bytes as many, or what is small. A seed then
+`AMPLE` characters for each token; of a text file as many, but `SMALL` bytes at least. A seed then
 draws the rows, or the pieces of the text, as well. The recipe says so (`reading`).
 """
 

@@ -49,7 +49,7 @@ def check_files(specs: Sequence[SourceSpec]) -> None:
 
 
 def open_source(spec: SourceSpec, purpose: Purpose, tokenizer: Any, enough: float) -> Source:
-    """The source that a spec names; a text file of no more than `enough` bytes is one text.
+    """The source that a spec names; a text file of fewer than `enough` bytes is one text.
 
     Raises `DataError` that names it when it is unknown or unreadable.
     """
@@ -64,7 +64,7 @@ def open_source(spec: SourceSpec, purpose: Purpose, tokenizer: Any, enough: floa
         return _of_table(spec, ParquetRows(path), spec.column, "all", tokenizer)
     if ending != ".txt":
         return _of_table(spec, open_json(path), spec.column, "all", tokenizer)
-    if files.size_of(path) <= enough:
+    if files.size_of(path) < enough:
         text = files.read_all(path)
         return Source(spec.name, lambda _: (text for text in [text]), "one text")
     return Source(spec.name, lambda g: files.pieces(path) if g is None else files.drawn_pieces(path, g), "pieces")

@@ -10,7 +10,7 @@ import torch
 
 from eckart.errors import DataError
 from eckart.text import chat
-from eckart.text.columns import choose_column, kind_of, top_of, value_at
+from eckart.text.columns import Kind, choose_column, kind_of, kind_of_column, top_of, value_at
 from eckart.text.foreign import shown
 from eckart.text.json_rows import parse_json
 from eckart.text.rows import Row, Rows
@@ -70,16 +70,17 @@ def open_table(name: str, rows: Rows, asked: str, naming: str, tokenizer: Any) -
         raise DataError(f"{name}: is empty; give a text.")
     column = choose_column(name, asked, naming, head)
     rows = rows.only(list(dict.fromkeys([top_of(column, head), TOOLS])))
-    is_chat = _first_kind(rows, column) == "chat"
-    rendering = chat.rendering_of(tokenizer) if is_chat else "text"
+    kind = kind_of_column(column, head)
+    kind = _first_kind(rows, column) if kind == "nothing" else kind
+    rendering = chat.rendering_of(tokenizer) if kind == "chat" else "text"
     log.info("%s: the text is column %r, %s", name, column, "as it is" if rendering == "text" else f"by {rendering}")
     if rendering == chat.BY_ROLES:
         log.warning("%s: the tokenizer has no chat template, so chats become roles and text", name)
     return Table(name, rows, column, rendering, tokenizer)
 
 
-def _first_kind(rows: Rows, column: str) -> str:
-    """The kind of the first value that there is."""
+def _first_kind(rows: Rows, column: str) -> Kind:
+    """The kind of the first value that there is, however late."""
     values = (value_at(row, column) for row in rows)
     return next((kind_of(value) for value in values if value is not None and value != []), "nothing")
 
@@ -96,5 +97,5 @@ def _tools(row: Row) -> list[dict[str, Any]]:
     if not tools:
         return []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(f"{row.place}: {TOOLS!r} is {shown(tools)}, but must be a list of objects.")
+        raise DataError(f"{row.place}: {TOOLS!r} is {shown(tools)}, but must be a list of objects; mend or rename it.")
     return tools

@@ -13,7 +13,7 @@ from eckart.errors import DataError
 from eckart.text.sources import Source
 
 AMPLE = 32  # characters read per token needed; a token of prose is 4 to 5 of them
-SMALL = 1 << 21  # a text file of no more bytes is read whole, however little is needed
+SMALL = 1 << 21  # a text of fewer characters is read whole, however little is needed
 FURTHER = 8  # times as many characters where those held too few tokens
 EDGE = 64  # tokens dropped where a text was cut: the last ones would be others if it went on
 
