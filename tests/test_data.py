@@ -228,8 +228,8 @@ def test_the_column_of_a_table(tokenizer, tmp_path, ending, row, column):
     [
         ({"a": "x", "b": "y", "n": 1}, "", "has no column 'text' and 2 columns of strings; choose one by name, "),
         ({"n": 1}, "", "has no column 'text' and 0 columns of strings"),
-        ({"a": "x", "n": 1}, ":z", "has no column 'z' of strings; its columns are a, n."),
-        ({"a": "x", "n": 1}, ":n", "has no column 'n' of strings; its columns are a, n."),
+        ({"a": "x", "n": 1}, ":z", "has no column 'z' of strings or chats; its columns are a, n."),
+        ({"a": "x", "n": 1}, ":n", "has no column 'n' of strings or chats; its columns are a, n."),
     ],
 )
 def test_a_column_that_is_not_there(tokenizer, tmp_path, ending, row, column, message):
@@ -312,6 +312,8 @@ def test_the_recipe_identifies_the_windows(tokenizer, notes):
                 "documents": 1,
                 "text_tokens": 103,
                 "windows": 2,
+                "column": "",
+                "rendering": "text",
             }
         ],
     }
@@ -351,7 +353,7 @@ def test_a_long_text_causes_no_warning(tokenizer, notes):
             "has 12 windows of 512 tokens (6,300 tokens), but 32 were asked; "
             "give more text, fewer --windows or a smaller --length.",
         ),
-        (b"w1 \xff w2", "is not UTF-8 text (byte 3); save it as UTF-8."),
+        (b"w1 \xff w2", "is not UTF-8 text (line 1, byte 3); save it as UTF-8."),
     ],
 )
 def test_a_text_that_will_not_do(tokenizer, tmp_path, content, message):
@@ -368,9 +370,9 @@ def test_a_text_that_will_not_do(tokenizer, tmp_path, content, message):
         ("rows.jsonl", '{"text": "w1"}\n\n{"text": }\n', " line 3: is not JSON: Expecting value"),
         ("rows.jsonl", '{"text": "w1"}\n["w1"]\n', ' line 2: is not an object such as {"text": "..."}.'),
         ("rows.jsonl", '{"text": "w1"}\n{"text": 4}\n', " line 2: 'text' is 4, but must be a string."),
-        ("rows.json", "[", ": is not JSON: Expecting value"),
+        ("rows.json", "[", " row 1: is not JSON: Expecting value"),
         ("rows.json", "[]", ": is empty; give a text."),
-        ("rows.json", '{"text": "w1"}', ": is not a list of rows; if it holds one row a line, call it .jsonl."),
+        ("rows.json", '"w1"', ' line 1: is not an object such as {"text": "..."}.'),
         ("rows.json", '[{"text": "w1"}, {"text": 4}]', " row 2: 'text' is 4, but must be a string."),
         ("rows.parquet", "not parquet", ": cannot be read as parquet: "),
         ("notes.md", "w1 w2", ": the name of a file must end in .txt, .jsonl, .json, .parquet."),
@@ -387,7 +389,7 @@ def test_a_file_that_cannot_be_read(tokenizer, tmp_path, name, content, message)
 def test_a_folder_named_like_a_text(tokenizer, tmp_path):
     folder = tmp_path / "folder.txt"
     folder.mkdir()
-    with pytest.raises(DataError, match=re.escape(f"{folder}: cannot be read: Is a directory.")):
+    with pytest.raises(DataError, match=re.escape(f"{folder}: cannot be read: it is a folder; name a file in it.")):
         load_windows(str(folder), tokenizer, windows=1, length=1)
 
 
@@ -482,7 +484,7 @@ def test_a_local_folder_as_a_corpus(tokenizer, tmp_path, monkeypatch):
     assert made.ids.tolist() == [[1, 2, 3, 4]]
     with pytest.raises(DataError, match=re.escape(f"{folder}: cannot be loaded: Unknown split")):
         load_windows(f"{folder}", tokenizer, windows=1, length=4, purpose="evaluation")
-    with pytest.raises(DataError, match="has no column 'text' of strings; its columns are body, n"):
+    with pytest.raises(DataError, match="has no column 'text' of strings or chats; its columns are body, n"):
         load_windows(f"{folder}:::text", tokenizer, windows=1, length=4)
 
 
