@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from eckart.errors import DataError, NumericalError, OptionError
-from eckart.text.data import AMPLE, SourceSpec, check_length, hash_tokens, load_windows, parse_spec, share_windows
+from eckart.text.data import AMPLE, SourceSpec, hash_tokens, load_windows, parse_spec, share_windows
+from eckart.text.fit import check_length
 
 BOS, EOS = 100, 101
 

@@ -37,7 +37,7 @@ from eckart.text.specs import Purpose, SourceSpec, label, parse_spec
 from eckart.text.tokens import AMPLE, SMALL, Reading, ample, bos_id, lead_of, read_tokens
 
 __all__ = [
-    "AMPLE", "SMALL", "DataRecipe", "SourceRecipe", "SourceSpec", "Windows", "check_length", "hash_tokens",
+    "AMPLE", "SMALL", "DataRecipe", "SourceRecipe", "SourceSpec", "Windows", "hash_tokens",
     "load_windows", "parse_spec", "share_windows",
 ]  # fmt: skip
 
@@ -143,16 +143,6 @@ def share_windows(specs: Sequence[SourceSpec], windows: int | None) -> list[int 
     if each == 0:
         raise DataError(f"windows is {windows}, but {len(specs)} sources were named; ask for one each at least.")
     return [each + rest, *[each] * (len(specs) - 1)]
-
-
-def check_length(windows: Windows, model: Any) -> None:
-    """Raise `DataError` when the windows are longer than the positions that the model knows."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < windows.recipe.length:
-        raise DataError(
-            f"windows have {windows.recipe.length} tokens, but the model knows {limit} positions; "
-            f"give --length {limit} or less."
-        )
 
 
 @dataclass(frozen=True)

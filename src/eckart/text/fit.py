@@ -3,7 +3,7 @@
 from typing import Any
 
 from eckart.errors import DataError
-from eckart.text.data import Windows, check_length
+from eckart.text.data import Windows
 
 
 def check_fit(windows: Windows, model: Any) -> None:
@@ -16,4 +16,14 @@ def check_fit(windows: Windows, model: Any) -> None:
             f"{windows.recipe.spec}: holds token {largest}, but the model has an embedding of {known} tokens: its "
             "tokenizer has more; call model.resize_token_embeddings(len(tokenizer)) and train, or give the model's "
             "own --tokenizer."
+        )
+
+
+def check_length(windows: Windows, model: Any) -> None:
+    """Raise `DataError` when the windows are longer than the positions that the model knows."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < windows.recipe.length:
+        raise DataError(
+            f"windows have {windows.recipe.length} tokens, but the model knows {limit} positions; "
+            f"give --length {limit} or less."
         )
