@@ -80,3 +80,20 @@ def test_wrong_options(corpora):
         eckart.evaluate(tiny_models()["llama"](), mean="median", data_specs=corpora)
     with pytest.raises(OptionError, match="pass tokenizer="):
         eckart.evaluate(tiny_models()["llama"](), data_specs=corpora)
+
+
+def test_another_tokenizer_is_another_text(tmp_path):
+    (tmp_path / "text.txt").write_text("the cat sat on a mat " * 100)
+    tokenizer = tiny_tokenizer()
+    for name in ("model", "same", "other"):
+        tiny_models()["llama"]().save_pretrained(tmp_path / name)
+        if name == "other":
+            tokenizer.add_tokens(["cat"])
+        tokenizer.save_pretrained(tmp_path / name)
+    where = {"data_specs": [str(tmp_path / "text.txt")], "windows": 1, "length": 16}
+    assert eckart.evaluate(tmp_path / "model", against=tmp_path / "same", **where)["results"]
+    with pytest.raises(OptionError, match=r"whose tokenizer is not the model's \(1 of its tokens"):
+        eckart.evaluate(tmp_path / "model", against=tmp_path / "other", **where)
+    for path in (tmp_path / "other").glob("tokenizer*"):
+        path.unlink()
+    assert eckart.evaluate(tmp_path / "model", against=tmp_path / "other", **where)["results"]

@@ -8,19 +8,22 @@ import torch
 from torch import Tensor
 
 from eckart.checkpoints import checkpoint
-from eckart.errors import NumericalError, OptionError
+from eckart.errors import ModelError, NumericalError, OptionError
 from eckart.evaluation import tasks
 from eckart.maths.divergence import from_log_probabilities
 from eckart.measuring.perplexity import ROWS, Perplexity, nll_of, window_logits
 from eckart.measuring.protocol import Mean, Protocol, ProtocolOptions
 from eckart.progress import Progress, silent, track
 from eckart.support import dtypes
+from eckart.support.devices import check_device
 from eckart.support.versions import versions
 from eckart.text import data
 from eckart.text.fit import check_fit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROBE = "The cat sat on  the mat,\n\tand 12345 others: naïve, don't; 東京! https://example.org/a_b?c=d"
 
 
 def evaluate(
@@ -31,7 +34,7 @@ def evaluate(
     task_names: Sequence[str] = (),
     include_path: str | Path | None = None,
     limit: int | None = None,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    tokenizer: "str | PreTrainedTokenizerBase | None" = None,
     progress: Progress = silent,
     **options: Unpack[ProtocolOptions],
 ) -> dict[str, Any]:
@@ -51,7 +54,11 @@ def evaluate(
     run = tasks.make_run(task_names, include_path, limit)
     if data_specs is None:
         data_specs = () if run.names else ("wikitext2",)
-    tokenizer = tokenizer or checkpoint.load_tokenizer(_path(model))
+    check_device(protocol.device)
+    own = tokenizer is None or isinstance(tokenizer, str)
+    tokenizer = _tokenizer(tokenizer or _path(model))
+    if own and against is not None and isinstance(against, str | Path):
+        _check_tokenizers(tokenizer, against)
     corpora = [protocol.corpus(spec, tokenizer) for spec in data_specs]
     compressed = _loaded(model, protocol)
     dense = None if against is None else _loaded(against, protocol)
@@ -73,6 +80,26 @@ def evaluate(
         "provenance": _provenance(model),
         "versions": versions(),
     }
+
+
+def _tokenizer(given: "str | PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
+    return checkpoint.load_tokenizer(given) if isinstance(given, str) else given
+
+
+def _check_tokenizers(tokenizer: "PreTrainedTokenizerBase", against: str | Path) -> None:
+    """Raise `OptionError` when the dense model reads text as other tokens: losses per token would not compare."""
+    try:
+        other = checkpoint.load_tokenizer(against)
+    except ModelError:
+        return  # a folder of weights alone; that its vocabulary fits is checked on the first window
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    if ours != theirs or tokenizer(PROBE)["input_ids"] != other(PROBE)["input_ids"]:
+        differ = sum(ours.get(token) != theirs.get(token) for token in {*ours, *theirs})
+        how = f"{differ:,} of its tokens are others" if differ else "it cuts text otherwise"
+        raise OptionError(
+            f"against is {str(against)!r}, whose tokenizer is not the model's ({how}), so losses per token do not "
+            "compare; give the dense model that it was made from."
+        )
 
 
 def _loaded(model: "str | Path | PreTrainedModel", protocol: Protocol) -> "PreTrainedModel":
