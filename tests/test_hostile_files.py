@@ -5,6 +5,7 @@ import random
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def changed(data: Any, draw: random.Random) -> bytes:
         elif how == 1:
             container.append(container[key])
         else:
-            container[key] = draw.choice(HOSTILE)
+            container[key] = deepcopy(draw.choice(HOSTILE))
     text = json.dumps(data).replace(f'"{DEEP}"', "[" * 5000 + "]" * 5000).replace(f'"{DIGITS}"', "9" * 6000)
     return damaged(text.encode(), draw) if draw.random() < 0.15 else text.encode()
 
@@ -118,7 +119,8 @@ def test_plans(small: Path, tmp_path: Path) -> None:
             assert entry.rank is None or type(entry.rank) is int
 
 
-def test_results(tmp_path: Path) -> None:
+def test_results(small: Path, tmp_path: Path) -> None:
+    base = {**report_facts.gather(small), "evaluations": [], "benches": [], "samples": None}
     protocol = {"tokens_hash": "a" * 64, "length": 24, "stride": 24, "bos": "start", "mean": "token", "join": "\n",
                 "dtype": "float32", "device": "cpu"}  # fmt: skip
     row = {"data": "x.txt", "perplexity": 3.0, "dense_perplexity": 2.0, "nll": 1.1, "dense_nll": 0.7, "kl": 0.4,
@@ -138,6 +140,8 @@ def test_results(tmp_path: Path) -> None:
                 perplexities = one_line(lambda: results.perplexities([found], "m"))  # noqa: B023
                 decoding = one_line(lambda: results.decoding([found], "m"))  # noqa: B023
                 comparison.loss({**facts, "perplexities": perplexities or {}, "decoding": decoding})
+                part = "evaluations" if found["format"] == results.EVAL else "benches"
+                report_page.page({**base, part: [found]}).encode()
     assert 50 < read < 550
 
 
@@ -229,7 +233,7 @@ def test_pages(small: Path, tmp_path: Path) -> None:
             facts = one_line(lambda: report_facts.gather(folder))
             if facts is not None:
                 shown += 1
-                report_page.page({**facts, "evaluations": [], "benches": [], "samples": None})
+                report_page.page({**facts, "evaluations": [], "benches": [], "samples": None}).encode()
         shutil.copyfile(small / name, folder / name)
     assert 10 < shown < 70
 

@@ -157,7 +157,9 @@ def _as(kind: Any, value: Any) -> tuple[bool, Any]:
     if kind is bool:
         word = value.lower() if isinstance(value, str) else value
         return (True, word in (True, "true")) if word in ("true", "false") or isinstance(word, bool) else (False, None)
-    if kind in (int, float) and isinstance(value, str | Real) and not isinstance(value, bool):
+    if isinstance(value, bool):  # which Python takes for a whole number
+        return False, None
+    if kind in (int, float) and isinstance(value, str | Real):
         try:
             number = kind(value)
         except (ValueError, OverflowError):

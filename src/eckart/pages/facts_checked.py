@@ -44,7 +44,7 @@ class _Calibration(msgspec.Struct):
     join: str
     bos: str
     tokens_hash: str
-    seed: int | None = None
+    seed: int | None
 
 
 class _Provenance(msgspec.Struct):
