@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
@@ -126,12 +126,13 @@ def _shards(path: Path, kind: type[UserError]) -> list[str]:
     names = sorted(set(read_json(path, kind, _Index).get("weight_map", {}).values()))
     for name in names:
         if not name.isprintable() or len(name) > 255 or name in ("", ".", "..") or "/" in name or "\\" in name:
-            raise kind(f"{path}: weight_map names {reading.shown(name)}, but a shard is a file beside the index.")
+            raise kind(
+                f"{plain(path, 1000)}: weight_map names {reading.shown(name)}, but a shard is a file beside the index."
+            )
     return names
 
 
 MOST_LAYERS = 10_000  # no model has as many, and with more transformers builds for minutes before anything else fails
-Layers = Annotated[int, msgspec.Meta(le=MOST_LAYERS)]
 
 
 class _Config(msgspec.Struct):
@@ -139,10 +140,6 @@ class _Config(msgspec.Struct):
 
     architectures: list[str] | None = None
     quantization_config: dict[str, Any] | None = None
-    num_hidden_layers: Layers | None = None
-    num_layers: Layers | None = None
-    n_layers: Layers | None = None
-    n_layer: Layers | None = None
 
 
 class _Index(msgspec.Struct):
@@ -153,6 +150,15 @@ def read_json(path: Path, kind: type[UserError], shape: type[msgspec.Struct] = _
     """A JSON file of a model, by default its configuration, as plain data; what `shape` names is of its type."""
     data: dict[str, Any] = reading.read_json(path, kind, f"file, so {path.parent} is not the folder of a model")
     reading.checked(data, shape, kind, path)
+    for part in (
+        data,
+        *(value for value in data.values() if isinstance(value, dict)),
+    ):  # the model, or models within it
+        for key, value in part.items():
+            if key.endswith(("layer", "layers", "blocks", "experts")) and type(value) is int and value > MOST_LAYERS:
+                raise kind(
+                    f"{plain(path, 1000)}: {plain(key)} is {reading.shown(value)}, but it must be at most {MOST_LAYERS}."
+                )
     return data
 
 
