@@ -156,9 +156,8 @@ def read_json(path: Path, kind: type[UserError], shape: type[msgspec.Struct] = _
     ):  # the model, or models within it
         for key, value in part.items():
             if key.endswith(("layer", "layers", "blocks", "experts")) and type(value) is int and value > MOST_LAYERS:
-                raise kind(
-                    f"{plain(path, 1000)}: {plain(key)} is {reading.shown(value)}, but it must be at most {MOST_LAYERS}."
-                )
+                said = f"{plain(key)} is {reading.shown(value)}, but it must be at most {MOST_LAYERS}"
+                raise kind(f"{plain(path, 1000)}: {said}.")
     return data
 
 
