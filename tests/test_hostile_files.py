@@ -141,7 +141,8 @@ def test_results(small: Path, tmp_path: Path) -> None:
                 decoding = one_line(lambda: results.decoding([found], "m"))  # noqa: B023
                 comparison.loss({**facts, "perplexities": perplexities or {}, "decoding": decoding})
                 part = "evaluations" if found["format"] == results.EVAL else "benches"
-                report_page.page({**base, part: [found]}).encode()
+                if read % 6 == 0:  # drawing it takes longer than all the rest
+                    report_page.page({**base, part: [found]}).encode()
     assert 50 < read < 550
 
 

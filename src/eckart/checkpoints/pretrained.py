@@ -150,10 +150,8 @@ def read_json(path: Path, kind: type[UserError], shape: type[msgspec.Struct] = _
     """A JSON file of a model, by default its configuration, as plain data; what `shape` names is of its type."""
     data: dict[str, Any] = reading.read_json(path, kind, f"file, so {path.parent} is not the folder of a model")
     reading.checked(data, shape, kind, path)
-    for part in (
-        data,
-        *(value for value in data.values() if isinstance(value, dict)),
-    ):  # the model, or models within it
+    models = [data, *(value for value in data.values() if isinstance(value, dict))]  # some hold others
+    for part in models:
         for key, value in part.items():
             if key.endswith(("layer", "layers", "blocks", "experts")) and type(value) is int and value > MOST_LAYERS:
                 said = f"{plain(key)} is {reading.shown(value)}, but it must be at most {MOST_LAYERS}"
