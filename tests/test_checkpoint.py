@@ -405,7 +405,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "broken config": (lambda f: (f / "config.json").write_text("[]"), "config.json: must hold a JSON object"),
     "no config": (lambda f: forget(f, "config.json"), "config.json: no such file"),
     "files renamed": (
-        lambda f: edit_json(f / N, lambda d: d["files"].update({"other.safetensors": {}})),
+        lambda f: edit_json(f / N, lambda d: d["files"].update({"other.safetensors": {"bytes": 1, "sha256": "0"}})),
         "weight files are not those that provenance.json names",
     ),
     "no folder": (shutil.rmtree, "config.json: no such file"),

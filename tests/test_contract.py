@@ -40,7 +40,7 @@ def test_every_recipe_builds_and_describes_itself(name):
     [
         ("svdllm", {}, "unknown recipe 'svdllm'; did you mean 'svd-llm'?"),
         ("svd-llm", {"factorizer.dampin": 1}, "did you mean 'damping'? Known: damping."),
-        ("svd-llm", {"factorizer.damping": "lots"}, "svd_llm.damping is 'lots', but must be float."),
+        ("svd-llm", {"factorizer.damping": "lots"}, "svd_llm.damping is 'lots', but must be a finite number."),
         ("svd-llm", {"metric.damping": 1}, "unknown part of a recipe 'metric'"),
         ("svd-llm", {"allocator": "unifrom"}, "unknown allocator 'unifrom'; did you mean 'uniform'?"),
         ("fwsvd", {"factorizer.side": "inptu"}, "unknown value of fwsvd.side 'inptu'; did you mean 'input'?"),

@@ -14,9 +14,9 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # From the ground up. Each may import what stands before it, and itself. `docs/architecture.md` says why.
 LAYERS = (
     "errors types version",
-    "progress registry linalg",
+    "progress linalg",
     "support maths",
-    "storages",
+    "registry storages",
     "portable ledger",
     "model",
     "statistics plans text",

@@ -7,12 +7,14 @@ import sys
 import textwrap
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from eckart import ledger
+from eckart.errors import OutputError
 from eckart.factorizers.svd_llm import SVDLLM
 from eckart.measuring.divergence import Divergence
 from eckart.measuring.sensitivity import Curves, measure_curves
@@ -129,6 +131,14 @@ def test_more_shares_and_a_torn_line_reuse_what_is_there(tmp_path: Path) -> None
     rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
     measured = [(row["group"], row["share"]) for row in rows]
     assert len(measured) == len(set(measured)) == 14 * 4 + 1
+
+
+@pytest.mark.parametrize("row", [{"group": [], "share": 1.0, "kl": 0.0}, {"group": "", "share": 0.6, "kl": "low"}, 3])
+def test_a_journal_that_holds_something_else_is_refused(row: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = SimpleNamespace(path=Path("w/sensitivity-0.jsonl"), rows=[row])
+    monkeypatch.setattr("eckart.measuring.sensitivity.Journal", lambda *_: journal)
+    with pytest.raises(OutputError, match=r"w/sensitivity-0\.jsonl: \[0\]"):
+        measure("llama", Path("w"))
 
 
 def test_killed_half_way_it_resumes_to_the_same_curves(tmp_path: Path) -> None:

@@ -17,11 +17,12 @@ A user's own recipe is a TOML file with the same keys (and, above the tables, `s
     min_removed = 0.3
 """
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from eckart import registry, storages
 from eckart.allocators.base import Allocator
@@ -29,8 +30,8 @@ from eckart.errors import OptionError
 from eckart.factorizers.base import Factorizer
 from eckart.plans.grouping import Grouping
 from eckart.refiners.base import Refiner
-
-PARTS = ("factorizer", "allocator", "grouping", "refiners")
+from eckart.support import reading
+from eckart.support.escaping import plain
 
 
 @dataclass(frozen=True)
@@ -214,33 +215,53 @@ def checked_storage(name: str) -> str:
 
 def _names(value: Any) -> tuple[str, ...]:
     """Names of refiners from a comma-separated text or a sequence; "none" and "" are no refiner."""
-    parts = value.split(",") if isinstance(value, str) else list(value)
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+        raise OptionError(f"refiners is {reading.shown(value)}, but it must be names of refiners.")
     return tuple(part.strip().replace("-", "_") for part in parts if part.strip() not in ("", "none"))
 
 
+class _File(msgspec.Struct, forbid_unknown_fields=True):
+    """A recipe as a file has it. The options in the tables are checked when the parts are built."""
+
+    factorizer: dict[str, Any]
+    allocator: dict[str, Any] = {}
+    grouping: dict[str, Any] = {}
+    refiners: list[dict[str, Any]] = []
+    about: str = ""
+    storage: str | None = None
+
+
 def read_file(path: Path) -> Recipe:
-    """A recipe from a TOML file."""
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise OptionError(f"{path}: no such recipe file.") from None
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise OptionError(f"{path}: cannot be read as a recipe: {error}.") from None
-    if "factorizer" not in data or set(data) - {*PARTS, "about", "storage"}:
+    """A recipe from a TOML file. Raises `OptionError` when it is not one."""
+    data = reading.read_toml(path, OptionError, "recipe file")
+    source = plain(path, 1000)
+    if "factorizer" not in data or set(data) - set(_File.__struct_fields__):
         raise OptionError(
-            f"{path}: a recipe has the table [factorizer], and may have [allocator], [grouping], [[refiners]], "
+            f"{source}: a recipe has the table [factorizer], and may have [allocator], [grouping], [[refiners]], "
             "'storage' and 'about'."
         )
-    options = {part: dict(data.get(part, {})) for part in ("factorizer", "allocator", "grouping")}
-    storage = checked_storage(str(data.get("storage", options["allocator"].pop("storage", "pair"))))
-    names = {part: str(options[part].pop("name", "uniform")) for part in ("factorizer", "allocator")}
-    refiners = [dict(table) for table in data.get("refiners", ())]
-    order = _names([table.pop("name", "") for table in refiners])
-    if len(order) != len(refiners):
-        raise OptionError(f"{path}: each [[refiners]] table needs a name.")
-    options |= dict(zip(order, refiners, strict=True))
-    about = str(data.get("about", ""))
-    return Recipe(path.stem, names["factorizer"], names["allocator"], order, options, about, storage)
+    file = reading.checked(data, _File, OptionError, source, an_object="a table")
+    options = {"factorizer": file.factorizer, "allocator": file.allocator, "grouping": file.grouping}
+    storage = options["allocator"].pop("storage", "pair")
+    names = {part: options[part].pop("name", "uniform") for part in ("factorizer", "allocator")}
+    for what, name in {**names, "storage": storage}.items():
+        if not isinstance(name, str):
+            raise OptionError(f"{source}: the name of its {what} is {reading.shown(name)}, but it must be text.")
+    order = _refiners(file.refiners, source)
+    options |= dict(zip(order, file.refiners, strict=True))
+    storage = checked_storage(storage if file.storage is None else file.storage)
+    return Recipe(path.stem, names["factorizer"], names["allocator"], order, options, file.about, storage)
+
+
+def _refiners(tables: list[dict[str, Any]], source: str) -> tuple[str, ...]:
+    """The names in the tables of refiners, taken out of them."""
+    order = _names([table.pop("name", "") for table in tables])
+    if len(order) != len(tables):
+        raise OptionError(f"{source}: each [[refiners]] table needs a name.")
+    if len(set(order)) < len(order):
+        raise OptionError(f"{source}: a refiner is there twice, but its options can be given once; name each once.")
+    return order
 
 
 def describe(name: str, method: Factorizer | Allocator | Refiner) -> dict[str, Any]:

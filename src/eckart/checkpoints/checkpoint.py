@@ -15,12 +15,13 @@ import torch
 from safetensors import SafetensorError
 
 from eckart.checkpoints import admission, beside, card, code, fingerprints, pretrained, spectra_file
+from eckart.checkpoints import provenance as provenance_file
 from eckart.checkpoints.pretrained import CONFIG
 from eckart.errors import CheckpointError, ModelError, PlanError
 from eckart.plans.plan import Plan
 from eckart.portable.hashes import PROVENANCE
-from eckart.support import files
-from eckart.support.not_finite import numbers, to_json
+from eckart.support import files, reading
+from eckart.support.not_finite import to_json
 from eckart.support.versions import versions
 
 if TYPE_CHECKING:
@@ -268,7 +269,7 @@ def read_plan(folder: str | Path) -> Plan | None:
 def read_provenance(folder: str | Path) -> dict[str, Any]:
     """The provenance of a checkpoint, empty if it has none. Raises `CheckpointError` when it is damaged."""
     path = Path(folder) / PROVENANCE
-    return numbers(pretrained.read_json(path, CheckpointError)) if path.exists() else {}
+    return provenance_file.read(path) if path.exists() else {}
 
 
 def _specs(folder: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -278,9 +279,9 @@ def _specs(folder: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]
     quantization = config.get("quantization_config")
     if quantization is None:
         return {}
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if method != hf.METHOD:
-        raise CheckpointError(f"{folder / CONFIG}: quant_method is {method!r}, but eckart writes {hf.METHOD!r}.")
+    if (method := quantization.get("quant_method")) != hf.METHOD:
+        found = reading.shown(method)
+        raise CheckpointError(f"{folder / CONFIG}: quant_method is {found}, but eckart writes {hf.METHOD!r}.")
     try:
         eckart_config: hf.EckartConfig = hf.EckartConfig.from_dict(quantization)
     except (ValueError, TypeError) as error:

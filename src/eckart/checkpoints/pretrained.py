@@ -1,37 +1,42 @@
 """Read models through transformers: silently, completely or not at all, and with errors of one line."""
 
-import json
-import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 
-from eckart.errors import ModelError, UserError
+from eckart.errors import EckartError, ModelError, UserError
+from eckart.support import reading
+from eckart.support.escaping import plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CONFIG = "config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-# What transformers and the readers below it raise for a folder or a hub id that they cannot read.
-UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError)
 
 
 def locate(model: str) -> str | Path:
     """A folder that holds a model, or a hub id as it is. Asks no network."""
-    folder = Path(model).expanduser()
     if not model:
         raise ModelError("the name of the model is empty; name a folder or a hub id.")
-    if folder.is_dir():
-        if not (folder / CONFIG).is_file():
-            raise ModelError(f"{model}: has no {CONFIG}, so it is not the folder of a model.")
-        return folder
-    if folder.exists():
-        raise ModelError(f"{model}: is a file; name the folder of a model, or a hub id.")
+    try:
+        folder = Path(model).expanduser()
+        if folder.is_dir():
+            if not (folder / CONFIG).exists():
+                raise ModelError(f"{model}: has no {CONFIG}, so it is not the folder of a model.")
+            read_json(folder / CONFIG, ModelError)  # what we know of it is right before transformers sees it
+            return folder
+        if folder.exists():
+            raise ModelError(f"{model}: is a file; name the folder of a model, or a hub id.")
+    except OSError as error:  # no permission to look into it, a name too long
+        raise ModelError(f"{plain(model, 1000)}: cannot be read: {error.strerror}.") from None
+    except RuntimeError as error:  # ~ of a user who is not there
+        raise ModelError(f"{plain(model, 1000)}: no such folder: {plain(error)}") from None
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise ModelError(f"{model!r}: no such folder.")
     return model
@@ -126,7 +131,7 @@ def weight_files(folder: Path, kind: type[UserError]) -> list[Path]:
     if (folder / WEIGHTS).is_file():  # which transformers prefers to an index, too
         names = [WEIGHTS]
     elif (folder / INDEX).is_file():
-        names = sorted(set(read_json(folder / INDEX, kind).get("weight_map", {}).values()))
+        names = _shards(folder / INDEX, kind)
     if not names:
         raise kind(f"{folder}: holds no weights: neither {WEIGHTS} nor an {INDEX} that names shards.")
     for path in (folder / name for name in names):
@@ -140,29 +145,69 @@ def weight_files(folder: Path, kind: type[UserError]) -> list[Path]:
     return [folder / name for name in names]
 
 
-def read_json(path: Path, kind: type[UserError]) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise kind(f"{path}: no such file, so {path.parent} is not the folder of a model.") from None
-    except (OSError, ValueError) as error:
-        raise kind(f"{path}: cannot be read as JSON: {error}.") from None
-    if not isinstance(data, dict):
-        raise kind(f"{path}: must hold a JSON object.")
+def _shards(path: Path, kind: type[UserError]) -> list[str]:
+    """The files that an index names, each beside it."""
+    names = sorted(set(read_json(path, kind, _Index).get("weight_map", {}).values()))
+    for name in names:
+        if not name.isprintable() or len(name) > 255 or name in ("", ".", "..") or "/" in name or "\\" in name:
+            raise kind(
+                f"{plain(path, 1000)}: weight_map names {reading.shown(name)}, but a shard is a file beside the index."
+            )
+    return names
+
+
+MOST_LAYERS = 10_000  # no model has as many, and with more transformers builds for minutes before anything else fails
+
+
+class _Config(msgspec.Struct):
+    """What we look at in a model's configuration; the rest is for transformers to judge."""
+
+    architectures: list[str] | None = None
+    quantization_config: dict[str, Any] | None = None
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str] = {}
+
+
+def read_json(path: Path, kind: type[UserError], shape: type[msgspec.Struct] = _Config) -> dict[str, Any]:
+    """A JSON file of a model, by default its configuration, as plain data; what `shape` names is of its type."""
+    data: dict[str, Any] = reading.read_json(path, kind, f"file, so {path.parent} is not the folder of a model")
+    reading.checked(data, shape, kind, path)
+    models = [data, *(value for value in data.values() if isinstance(value, dict))]  # some hold others
+    for part in models:
+        for key, value in part.items():
+            if key.endswith(("layer", "layers", "blocks", "experts")) and type(value) is int and value > MOST_LAYERS:
+                said = f"{plain(key)} is {reading.shown(value)}, but it must be at most {MOST_LAYERS}"
+                raise kind(f"{plain(path, 1000)}: {said}.")
     return data
 
 
 @contextmanager
 def unreadable(source: str | Path, kind: type[UserError], what: str) -> Iterator[None]:
-    """Turn the many errors of a failed read into one line of ours."""
+    """Turn the many errors of a failed read into one line of ours.
+
+    A file that is damaged, or a figure in a configuration that cannot be, fails wherever it is first used: as
+    ZeroDivisionError, AssertionError or EOFError, as an error of a validator or a panic of a library in Rust, which
+    Python's `Exception` does not include. All that can raise them is the reading, so all of them mean the same.
+    """
     try:
         yield
-    except UNREADABLE as error:
+    except (EckartError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
         where = f"no {what} can be read from it"
         if not isinstance(source, Path):
             where = f"no such folder, and no {what} can be read from the hub"
-        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
-        raise kind(f"{source}: {where}: {reason}") from None
+        raise kind(f"{plain(source, 1000)}: {where}: {_reason(error)}") from None
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says, on one line; with its name where it says little without."""
+    said = plain(" ".join(str(error).split()))
+    if isinstance(error, OSError | ValueError | RuntimeError | ImportError) and said:
+        return said
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 @contextmanager

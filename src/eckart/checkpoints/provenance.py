@@ -3,10 +3,14 @@
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
+import msgspec
 from torch import nn
 
+from eckart.errors import CheckpointError
+from eckart.support import reading
 from eckart.support.versions import versions
 
 
@@ -92,3 +96,22 @@ def make_provenance(
         "ledger": ledger,
         "versions": versions(),
     }
+
+
+class _File(msgspec.Struct):
+    bytes: reading.Count
+    sha256: str
+
+
+class _Provenance(msgspec.Struct):
+    """What a load acts on; all else in the file is free, and checked by those who show it."""
+
+    files: dict[str, _File] | None = None
+    versions: dict[str, Any] = {}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The provenance in a file. Raises `CheckpointError` when it is damaged."""
+    data: dict[str, Any] = reading.read_json(path, CheckpointError)
+    reading.checked(data, _Provenance, CheckpointError, path)
+    return data

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
 from eckart import ledger
+from eckart.errors import OutputError
 from eckart.measuring.divergence import Divergence
 from eckart.measuring.probes import Cut
 from eckart.measuring.scene import Scene
@@ -26,6 +28,7 @@ from eckart.model.discovery import Layout
 from eckart.model.residence import Residence, residence_of
 from eckart.model.walk import Stream, open_stream, pass_blocks, replaced, split_batches, walk
 from eckart.progress import Progress, silent
+from eckart.support import reading
 from eckart.support.work import Journal, Key
 from eckart.types import Budget, Entry, Group
 
@@ -105,6 +108,14 @@ def measure_curves(
     return Curves(target, measurements.kl[RESTING, target], losses)
 
 
+class _Row(msgspec.Struct):
+    """A line of the journal; its rank is for people."""
+
+    group: str
+    share: float
+    kl: float
+
+
 class _Measurements:
     """What has been measured: `kl[group name, share]`; `kl[RESTING, target]` is of the resting model."""
 
@@ -121,7 +132,8 @@ class _Measurements:
         self.model, self.residence, self.groups, self.cut = model, residence, groups, cut
         self.journal, self.target, self.storage = journal, target, storage
         self.dense = {name: model.get_submodule(name) for group in groups for name in group.names}
-        self.kl = {(row["group"], row["share"]): row["kl"] for row in journal.rows}
+        rows = reading.checked(journal.rows, list[_Row], OutputError, journal.path)
+        self.kl = {(row.group, row.share): row.kl for row in rows}
 
     def add(self, windows: Tensor, pairs: Sequence[tuple[Group, float]], progress: Progress) -> None:
         """Measure those pairs that have not been measured yet."""

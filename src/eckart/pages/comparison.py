@@ -15,6 +15,7 @@ from eckart.pages import charts
 from eckart.pages.render import render
 from eckart.pages.report_facts import summary
 from eckart.progress import Progress, silent
+from eckart.support.escaping import plain
 from eckart.support.files import write_text
 
 Row = Mapping[str, Any]
@@ -42,7 +43,7 @@ def compare(
     measurements = [stored.read(path) for path in results]
     for path, result in zip(results, measurements, strict=True):
         if not any(stored.is_about(result, folder) for folder in folders):
-            raise OptionError(f"{path}: is about {result.get('model')}, which is none of the models compared.")
+            raise OptionError(f"{path}: is about {plain(result['model'])}, which is none of the models compared.")
     if data_specs:
         measure = partial(evaluate, against=against, data_specs=data_specs, progress=progress, **options)
         measurements += [measure(folder) for folder in folders]
@@ -89,10 +90,14 @@ def check_protocols(rows: Sequence[Row]) -> None:
         message = f"{one['folder']} and {other['folder']} were not measured alike"
         if missing := sorted(mine.keys() ^ theirs.keys()):
             owner = one if missing[0] in mine else other
-            raise OptionError(f"{message}: only {owner['folder']} has {missing[0]}; measure both on the same corpora.")
+            raise OptionError(
+                f"{message}: only {owner['folder']} has {plain(missing[0])}; measure both on the same corpora."
+            )
         for corpus in mine:
             if difference := stored.differences(mine[corpus], theirs[corpus]):
-                raise OptionError(f"{message}: on {corpus} their {difference}; measure both with the same options.")
+                raise OptionError(
+                    f"{message}: on {plain(corpus)} their {difference}; measure both with the same options."
+                )
 
 
 def loss(row: Row) -> float | None:

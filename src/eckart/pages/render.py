@@ -14,4 +14,5 @@ def render(template: str, **values: Any) -> str:
     environment = Environment(loader=PackageLoader("eckart.pages"), autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
     style = Markup((files("eckart.pages") / "templates" / "page.css").read_text(encoding="utf-8"))
-    return environment.get_template(template).render(version=__version__, style=style, **values)
+    text = environment.get_template(template).render(version=__version__, style=style, **values)
+    return text.encode("utf-8", "backslashreplace").decode()  # half of a surrogate pair is no text that can be written

@@ -8,6 +8,7 @@ from eckart import ledger
 from eckart.checkpoints import checkpoint, spectra_file
 from eckart.errors import CheckpointError
 from eckart.model.discovery import Layout, discover, skipped_by_reason
+from eckart.pages.facts_checked import check_ledger, check_plan, check_provenance
 from eckart.plans.plan import Plan, resolve
 from eckart.types import Entry, Group
 
@@ -23,6 +24,8 @@ def gather(folder: str | Path) -> dict[str, Any]:
     plan, provenance = checkpoint.read_plan(folder), checkpoint.read_provenance(folder)
     if plan is None:
         raise CheckpointError(f"{folder}: has no plan.json, so there is nothing to report.")
+    check_plan(plan, folder / checkpoint.PLAN)
+    check_provenance(provenance, folder / checkpoint.PROVENANCE)
     layout = discover(checkpoint.skeleton(str(folder), dense=True))
     spectra = spectra_file.read(folder)
     groups, entries = resolve(plan, layout.targets)
@@ -32,7 +35,7 @@ def gather(folder: str | Path) -> dict[str, Any]:
         "recipe": dict(plan.made_by),
         "asked": dict(plan.asked),
         "reached": dict(plan.reached),
-        "ledger": provenance.get("ledger") or dict(plan.reached),
+        "ledger": check_ledger(provenance.get("ledger") or plan.reached, folder),
         "kl": provenance.get("kl"),
         "modules": modules(groups, entries, spectra),
         "spectra": spectra,
@@ -54,8 +57,15 @@ def summary(folder: str | Path) -> dict[str, Any]:
     book = provenance.get("ledger")
     if book is None:
         raise CheckpointError(f"{folder}: its provenance.json has no ledger; compress it again.")
+    if plan is not None:
+        check_plan(plan, folder / checkpoint.PLAN)
+    check_provenance(provenance, folder / checkpoint.PROVENANCE)
     made_by = {} if plan is None else plan.made_by
-    return {"recipe": made_by.get("name", "-"), "ledger": book, "command": provenance.get("command")}
+    return {
+        "recipe": made_by.get("name", "-"),
+        "ledger": check_ledger(book, folder),
+        "command": provenance.get("command"),
+    }
 
 
 def modules(

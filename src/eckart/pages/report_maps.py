@@ -30,7 +30,7 @@ def maps(modules: Sequence[Row]) -> list[dict[str, Any]]:
         views.append(_view("Energy effective rank", "energy_effective_rank", 0, most))
     for key, title in (("predicted_loss", "Predicted loss"), ("measured_alone", "Measured loss when cut alone")):
         if most := _most(modules, key):
-            power = 2 - floor(log10(most))  # so that the largest has three digits
+            power = min(2 - floor(log10(most)), 300)  # so that the largest has three digits
             views.append(_view(f"{title}, 1e{-power} nats per token", key, power, most))
     return [_map(modules, view) for view in views]
 

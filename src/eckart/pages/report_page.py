@@ -91,7 +91,7 @@ def _perplexity(row: Row) -> dict[str, str]:
         "compressed": f"{row['perplexity']:.3f}",
         "dense": f"{dense:.3f}" if dense else "-",
         "ratio": f"{row['perplexity'] / dense:.4f}" if dense else "-",
-        "windows": f"{row['windows']} × {row['protocol']['length']}",
+        "windows": f"{row.get('windows') or '-'} × {row['protocol']['length']}",
     }
 
 
@@ -114,7 +114,7 @@ def _losses(facts: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[str, st
     for row in rows:
         if row.get("kl") is not None:
             losses.append((f"KL of the predictions, measured on {row['data']}", row["kl"]))
-        if row.get("dense_nll") is not None:
+        if row.get("nll") is not None and row.get("dense_nll") is not None:
             losses.append((f"rise of the loss, measured on {row['data']}", row["nll"] - row["dense_nll"]))
     return [(text, f"{nats:.4f}", f"{exp(nats):.3f}") for text, nats in losses]
 

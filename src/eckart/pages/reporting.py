@@ -13,6 +13,7 @@ from eckart.measuring.protocol import Protocol, ProtocolOptions
 from eckart.pages.report_facts import gather
 from eckart.pages.report_page import page
 from eckart.progress import Progress, silent
+from eckart.support.escaping import plain
 from eckart.support.files import write_text
 
 NAME = "report.html"
@@ -39,12 +40,14 @@ def report(
     Raises `UserError` for a folder or a file that is not what it should be, or results about another model.
     """
     facts = gather(folder)
-    measurements = [dict(result) if isinstance(result, Mapping) else stored.read(result) for result in results]
+    measurements = [
+        stored.checked(result, "a result") if isinstance(result, Mapping) else stored.read(result) for result in results
+    ]
     for source, result in zip(results, measurements, strict=True):
         if not stored.is_about(result, folder):
             name = "a result" if isinstance(source, Mapping) else source
             raise OptionError(
-                f"{name}: is about {result.get('model')}, not about {folder}; give results of this model."
+                f"{name}: is about {plain(result['model'])}, not about {folder}; give results of this model."
             )
     if data_specs:
         measurements.append(evaluate(folder, against=against, data_specs=data_specs, progress=progress, **options))

@@ -4,20 +4,24 @@ Nothing downstream looks at how a plan was made. A target that a plan does not n
 """
 
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eckart import ledger
+import msgspec
+
+from eckart import ledger, storages
 from eckart.errors import PlanError
+from eckart.support import reading
+from eckart.support.escaping import plain
 from eckart.support.files import write_text
-from eckart.support.not_finite import numbers, to_json
+from eckart.support.not_finite import to_json
 from eckart.types import Entry, Group, Target
 
 FORMAT = "eckart-plan"
 VERSION = 1
+LARGEST_RANK = 2**31 - 1  # of a plan in a file; no matrix comes near it
 
 
 @dataclass(frozen=True)
@@ -47,15 +51,17 @@ class Plan:
     @staticmethod
     def from_dict(data: Mapping[str, Any], source: str = "plan") -> "Plan":
         """Read the JSON form; raises `PlanError` that names the entry and the rule it breaks."""
-        if data.get("format") != FORMAT:
-            raise PlanError(f"{source}: not a plan (its format is {data.get('format')!r}, not {FORMAT!r}).")
-        if data.get("version") != VERSION:
+        head = reading.checked(data, _Head, PlanError, source)
+        if head.format != FORMAT:
+            found = reading.shown(head.format)
+            raise PlanError(f"{plain(source, 1000)}: not a plan (its format is {found}, not {FORMAT!r}).")
+        if head.version != VERSION:
             raise PlanError(
-                f"{source}: plan version {data.get('version')!r}, but this eckart reads {VERSION}; "
+                f"{plain(source, 1000)}: plan version {reading.shown(head.version)}, but this eckart reads {VERSION}; "
                 "use the eckart that wrote it, or write the plan again."
             )
-        entries = tuple(_entry_from_dict(row, source) for row in data.get("entries", ()))
-        return Plan(entries, data.get("asked", {}), data.get("reached", {}), data.get("made_by", {}))
+        read = reading.checked(data, _Plan, PlanError, source)
+        return Plan(tuple(row.entry() for row in read.entries), read.asked, read.reached, read.made_by)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, whole or not at all."""
@@ -64,16 +70,56 @@ class Plan:
     @staticmethod
     def load(path: str | Path) -> "Plan":
         """Read a plan that `save` or a person wrote."""
-        path = Path(path)
-        try:
-            data = numbers(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise PlanError(f"{path}: no such plan file.") from None
-        except (OSError, ValueError) as error:
-            raise PlanError(f"{path}: cannot be read as a plan: {error}.") from None
-        if not isinstance(data, dict):
-            raise PlanError(f"{path}: not a plan (the top of the JSON is not an object).")
-        return Plan.from_dict(data, str(path))
+        return Plan.from_dict(reading.read_json(Path(path), PlanError, "plan file"), str(path))
+
+
+class _Head(msgspec.Struct):
+    """What says whether a file is a plan that we read."""
+
+    format: Any = None
+    version: Any = None
+
+
+class _Row(msgspec.Struct, forbid_unknown_fields=True):
+    """An entry as a file has it."""
+
+    targets: list[str]
+    rank: Any
+    storage: str = "pair"
+    kept: reading.Count | None = None
+    details: dict[str, Any] = {}
+
+    def __post_init__(self) -> None:
+        if not self.targets:
+            raise ValueError("targets is [], but an entry must name at least one")
+        for name in self.targets:
+            if not _is_name(name):
+                raise ValueError(f"targets has {reading.shown(name)}, which cannot be the name of a layer")
+        if self.rank != "dense" and (type(self.rank) is not int or not 1 <= self.rank <= LARGEST_RANK):
+            rank = reading.shown(self.rank)
+            raise ValueError(f'rank is {rank}, but it must be a whole number from 1 on, or "dense"')
+        if self.storage not in storages.names():
+            known = ", ".join(storages.names())
+            raise ValueError(f"storage is {reading.shown(self.storage)}, but this eckart knows {known}")
+
+    def entry(self) -> Entry:
+        rank = None if self.rank == "dense" else self.rank
+        return Entry(tuple(self.targets), rank, self.storage, self.kept, self.details)
+
+
+class _Plan(msgspec.Struct):
+    """A plan as a file has it; but for the entries, nothing that the code which carries it out looks at."""
+
+    entries: list[_Row] = []
+    asked: dict[str, Any] = {}
+    reached: dict[str, Any] = {}
+    made_by: dict[str, Any] = {}
+
+
+def _is_name(name: str) -> bool:
+    """True for what can be the dotted name of a module; one that goes into messages, pages and names of files."""
+    plain_text = name.isprintable() and not any(c in name for c in " /\\")
+    return plain_text and len(name) <= 300 and all(name.split("."))
 
 
 def resolve(plan: Plan, targets: Sequence[Target]) -> tuple[list[Group], list[Entry]]:
@@ -133,23 +179,3 @@ def _entry_to_dict(entry: Entry) -> dict[str, Any]:
     if entry.kept is not None:
         row["kept"] = entry.kept
     return {**row, "details": dict(entry.details)} if entry.details else row
-
-
-def _entry_from_dict(row: Any, source: str) -> Entry:
-    if not isinstance(row, dict) or not row.get("targets"):
-        raise PlanError(f"{source}: an entry without targets: {row!r}.")
-    unknown = set(row) - {"targets", "rank", "storage", "kept", "details"}
-    if unknown:
-        raise PlanError(f"{source}: {row['targets'][0]}: unknown key {min(unknown)!r} in its entry.")
-    rank = row.get("rank")
-    if rank != "dense" and (not isinstance(rank, int) or isinstance(rank, bool)):
-        raise PlanError(f'{source}: {row["targets"][0]}: rank is {rank!r}, but it must be a whole number or "dense".')
-    kept = row.get("kept")
-    if kept is not None and (not isinstance(kept, int) or isinstance(kept, bool) or kept < 0):
-        raise PlanError(
-            f"{source}: {row['targets'][0]}: kept is {kept!r}, but it must be a number of columns, or absent."
-        )
-    details = row.get("details", {})
-    if not isinstance(details, dict):
-        raise PlanError(f"{source}: {row['targets'][0]}: details is {details!r}, but it must be an object.")
-    return Entry(tuple(row["targets"]), None if rank == "dense" else rank, row.get("storage", "pair"), kept, details)

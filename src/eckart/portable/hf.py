@@ -49,19 +49,19 @@ class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(
         self, modules: Specs | None = None, format_version: int = FORMAT_VERSION, verify: bool = False, **_: Any
     ) -> None:
-        if not isinstance(format_version, int) or not 1 <= format_version <= FORMAT_VERSION:
+        if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
             raise ValueError(
-                f"format_version is {format_version!r}, but this eckart reads up to {FORMAT_VERSION}; "
+                f"format_version is {format_version!r:.100}, but this eckart reads up to {FORMAT_VERSION}; "
                 "install a newer eckart."
             )
         self.verify = verify
         if verify and modules is None:  # a wish for loading; transformers takes it over into the checkpoint's own
             modules = {}
         elif not isinstance(modules, dict) or not modules:
-            raise ValueError(f"modules is {modules!r}, but it must map at least one layer to its storage.")
+            raise ValueError(f"modules is {modules!r:.100}, but it must map at least one layer to its storage.")
         for name, spec in modules.items():
-            if not isinstance(spec, dict):
-                raise ValueError(f"modules[{name!r}] is {spec!r}, but it must be an object.")
+            _check_module(name, spec)
+        for name, spec in modules.items():
             owner = spec.get("basis_of")
             if owner is not None and "basis_of" in modules.get(owner, {"basis_of": None}):
                 raise ValueError(f"{name}: basis_of is {owner!r}, which is not a layer that owns its basis.")
@@ -85,6 +85,23 @@ class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def guard(self) -> str:
         """Key of the empty tensor that makes a reader fail who does not know this format."""
         return f"{min(self.modules)}.weight"
+
+
+def _check_module(name: Any, spec: Any) -> None:
+    """Raise `ValueError` unless a name can be that of a layer, and its entry holds texts and whole numbers.
+
+    By hand, since this file travels: names go into messages, and may come from anybody.
+    """
+    usual = isinstance(name, str) and name.isprintable() and not any(c in name for c in " /\\") and len(name) <= 300
+    if not usual or not all(name.split(".")):
+        raise ValueError(f"modules names {name!r:.100}, which cannot be the name of a layer.")
+    if not isinstance(spec, dict):
+        raise ValueError(f"modules[{name!r}] is {spec!r:.100}, but it must be an object.")
+    for key, value in spec.items():
+        text = isinstance(value, str) and value.isprintable() and len(value) <= 300
+        number = type(value) is int and abs(value) < 2**31
+        if not isinstance(key, str) or not (text or number):
+            raise ValueError(f"{name}: {key!r:.100} is {value!r:.100}, but it must be a text or a whole number.")
 
 
 class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
