@@ -163,6 +163,11 @@ def test_another_head_or_a_draft_is_harmless_and_told(key: str, dense: Path, cap
     assert key in caplog.text or "inv_freq" in key  # which transformers drops itself
 
 
+AUTO = {
+    "reward": "AutoModelForSequenceClassification",
+    "tokens": "AutoModelForTokenClassification",
+    "embedder": "AutoModel",
+}
 HEADS = {
     "reward": ("LlamaForSequenceClassification", {"num_labels": 1, "pad_token_id": 0, "tie_word_embeddings": True}),
     "tokens": ("LlamaForTokenClassification", {"num_labels": 5}),
@@ -186,6 +191,8 @@ def test_a_model_keeps_its_own_class_and_head(
     for folder, exact in ((tmp_path / "whole", True), (tmp_path / "out", False)):
         loaded = eckart.load(folder)
         assert type(loaded).__name__ == name
+        doors = json.loads((folder / "config.json").read_text()).get("auto_map", {})
+        assert exact or set(doors) == {"AutoConfig", AUTO[head]}
         with torch.no_grad():
             assert torch.allclose(loaded(ids[:1])[0], before, atol=1e-5) == exact
     assert eckart.plan(str(tmp_path / "out" / ".." / "model"), keep=0.5, **where) == made.plan

@@ -132,7 +132,7 @@ for family in families:
 # The code in the checkpoint
 
 SOURCE = Path(modeling_eckart.__file__).parent
-FILES = {f"{name}.py" for name in ("modeling_eckart", "hf", "linear", "tensor_parallel")}
+FILES = {f"{name}.py" for name in ("modeling_eckart", "hf", "hashes", "inventory", "linear", "tensor_parallel")}
 FILES |= {f"{name}.py" for name in ("base", "pair", "columns", "pivoted")}
 
 
@@ -155,10 +155,10 @@ def test_the_code_is_the_packages_own(saved: Path) -> None:
     assert config["model_type"] == "llama"
 
 
-def test_the_code_needs_torch_and_transformers_alone(saved: Path) -> None:
+def test_the_code_needs_what_transformers_needs_and_no_more(saved: Path) -> None:
     from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
-    allowed = {"torch", "transformers", "typing_extensions", *sys.stdlib_module_names}
+    allowed = {"torch", "transformers", "safetensors", "typing_extensions", *sys.stdlib_module_names}
     names = code_of(saved / "llama")
     for name in names:
         assert set(get_imports(saved / "llama" / name)) <= allowed

@@ -56,9 +56,16 @@ class Compression:
 
         Raises `OutputError` and leaves nothing behind if it cannot.
         """
-        parts = {"tokenizer": self.tokenizer, "plan": self.plan, "provenance": self.provenance}
-        origin = {"source": self.source, "own_tokenizer": self.own_tokenizer}
-        checkpoint.save(self.model, folder, **parts, spectra=self.spectra, **origin)
+        checkpoint.save(
+            self.model,
+            folder,
+            tokenizer=self.tokenizer,
+            plan=self.plan,
+            provenance=self.provenance,
+            spectra=self.spectra,
+            source=self.source,
+            own_tokenizer=self.own_tokenizer,
+        )
 
 
 def carry_out(

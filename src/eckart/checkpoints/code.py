@@ -16,6 +16,14 @@ from eckart import storages
 
 PORTABLE = Path(storages.__file__).parent.parent / "portable"
 FILES = ("modeling_eckart.py", "hf.py", "hashes.py", "inventory.py", "linear.py", "tensor_parallel.py")
+AUTO = (
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForMaskedLM",
+)
 INDEX = "storages.py"  # in place of the package `eckart.storages`
 
 
@@ -28,7 +36,7 @@ def write_code(folder: Path, model: Any) -> None:
 
     from eckart.portable import hf
 
-    classes = {"AutoConfig": type(model.config), "AutoModelForCausalLM": type(model)}
+    classes = {"AutoConfig": type(model.config), _auto_class(model): type(model)}
     if not all(issubclass(c, getattr(transformers, c.__name__, ())) for c in classes.values()):
         return
     names = sorted({spec["storage"] for spec in hf.specs_of(model).values()})
@@ -39,6 +47,17 @@ def write_code(folder: Path, model: Any) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config["auto_map"] = {auto: f"{hf.CODE}.{native.__name__}" for auto, native in classes.items()}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")  # as transformers writes it
+
+
+def _auto_class(model: Any) -> str:
+    """The auto class that opens a model of this class; `AutoModel` for one without a head."""
+    import transformers
+
+    for auto in AUTO:
+        opened = getattr(transformers, auto)._model_mapping.get(type(model.config), ())
+        if type(model).__name__ in {one.__name__ for one in (opened if isinstance(opened, tuple) else (opened,))}:
+            return auto
+    return "AutoModel"
 
 
 def names_in(folder: Path) -> set[str]:

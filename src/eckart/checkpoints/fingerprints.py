@@ -55,7 +55,17 @@ def check(folder: Path, recorded: Mapping[str, Any], weights: Sequence[Path]) ->
     saved = {name for name in recorded if name.endswith(".safetensors") and "/" not in name}
     if saved != names:
         raise CheckpointError(f"{folder}: its weight files are not those that {PROVENANCE} names: {sorted(saved)}.")
-    for row in compare(folder, recorded):
+    _refuse_changed(folder, compare(folder, recorded))
+
+
+def check_shown(folder: Path, recorded: Mapping[str, Any]) -> None:
+    """The same for what a report shows: configuration, plan, spectra. Reads no weights."""
+    shown = {name: recorded[name] for name in ("config.json", "plan.json", "spectra.json") if name in recorded}
+    _refuse_changed(folder, [row for row in compare(folder, shown) if row.file in shown])
+
+
+def _refuse_changed(folder: Path, rows: Sequence[FileState]) -> None:
+    for row in rows:
         if row.state == "changed":
             raise CheckpointError(
                 f"{folder / row.file}: is not what was saved, by its size or hash in {PROVENANCE}; copy or download it "

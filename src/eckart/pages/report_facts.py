@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from eckart import ledger
-from eckart.checkpoints import checkpoint, spectra_file
+from eckart.checkpoints import checkpoint, fingerprints, spectra_file
 from eckart.errors import CheckpointError
 from eckart.model.discovery import Layout, discover, skipped_by_reason
 from eckart.pages.facts_checked import check_ledger, check_plan, check_provenance
 from eckart.plans.plan import Plan, resolve
+from eckart.portable.hashes import PROVENANCE
 from eckart.types import Entry, Group
 
 
@@ -25,7 +26,8 @@ def gather(folder: str | Path) -> dict[str, Any]:
     if plan is None:
         raise CheckpointError(f"{folder}: has no plan.json, so there is nothing to report.")
     check_plan(plan, folder / checkpoint.PLAN)
-    check_provenance(provenance, folder / checkpoint.PROVENANCE)
+    check_provenance(provenance, folder / PROVENANCE)
+    fingerprints.check_shown(folder, provenance.get("files") or {})
     layout = discover(checkpoint.skeleton(str(folder), dense=True))
     spectra = spectra_file.read(folder)
     groups, entries = resolve(plan, layout.targets)
@@ -59,7 +61,8 @@ def summary(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: its provenance.json has no ledger; compress it again.")
     if plan is not None:
         check_plan(plan, folder / checkpoint.PLAN)
-    check_provenance(provenance, folder / checkpoint.PROVENANCE)
+    check_provenance(provenance, folder / PROVENANCE)
+    fingerprints.check_shown(folder, provenance.get("files") or {})
     made_by = {} if plan is None else plan.made_by
     return {
         "recipe": made_by.get("name", "-"),

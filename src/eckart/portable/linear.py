@@ -35,7 +35,7 @@ _PROBED: dict[type, bool] = {}
 
 def _is_plain_subclass(module: nn.Module) -> bool:
     """A subclass of `nn.Linear` with nothing but a weight and a bias, whose forward computes `W x + b`."""
-    if not isinstance(module, nn.Linear) or [*module.children()] or [*module.buffers(recurse=False)]:
+    if not isinstance(module, nn.Linear) or module._modules or module._buffers:
         return False
     shape = (module.out_features, module.in_features)
     if set(module._parameters) != {"weight", "bias"} or module.weight.shape != shape:

@@ -131,9 +131,10 @@ def backward_block(
             uses = [(target, x, y) for target, x, y in recorder.uses if y.requires_grad]
             tall = [x for target, x, _ in uses if needs & GRADIENT_GRAM_NEEDS and _is_tall(target)]
             tensors = [entrance, *(y for _, _, y in uses), *tall]
-            gradients[index], *inner_gradients = torch.autograd.grad(
-                output, tensors, gradients[index], allow_unused=True
-            )
+            found: Sequence[Tensor | None] = torch.autograd.grad(output, tensors, gradients[index], allow_unused=True)
+        at_entrance, inner_gradients = found[0], found[1:]
+        assert at_entrance is not None
+        gradients[index] = at_entrance
         for target, _, y in recorder.uses:
             result[target.name].without_gradient |= not y.requires_grad
         at_inputs = iter(inner_gradients[len(uses) :])

@@ -104,7 +104,8 @@ class ColumnStorage(Storage):
 
     def check(self, layer: KeptColumnsLinear) -> None:
         check_permutation("column_order", layer.column_order)
-        for part in layer.column_order.split([layer.in_features - layer.kept_columns, layer.kept_columns]):
+        remaining = layer.in_features - layer.kept_columns
+        for part in (layer.column_order[:remaining], layer.column_order[remaining:]):
             if not part.is_meta and (part.diff() <= 0).any():
                 raise ValueError("column_order must rise within each of its two parts; the file is damaged.")
 
