@@ -23,6 +23,7 @@ from eckart.recipes import Recipe
 from eckart.refiners.base import Refinement, Refiner
 from eckart.support import dtypes
 from eckart.support.dtypes import round_
+from eckart.support.memory import give_back
 from eckart.types import Entry, Group
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ def _factorise(
                 for name, layer in planned.decomposed.cut(group, entry).items():
                     swap_(loaded.model, name, layer)
                 planned.decomposed.drop(group.name)
+        give_back()
 
 
 def _refine(
