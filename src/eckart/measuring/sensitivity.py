@@ -105,6 +105,15 @@ def measure_curves(
     return Curves(target, measurements.kl[RESTING, target], losses)
 
 
+def _is_measurement(row: Mapping[str, Any]) -> bool:
+    """Whether a row of a journal is one of ours; a damaged one of version 0.1, which has no checksum, may not be."""
+    return (
+        isinstance(row.get("group"), str)
+        and isinstance(row.get("share"), int | float)
+        and isinstance(row.get("kl"), int | float)
+    )
+
+
 class _Measurements:
     """What has been measured: `kl[group name, share]`; `kl[RESTING, target]` is of the resting model."""
 
@@ -121,7 +130,7 @@ class _Measurements:
         self.model, self.residence, self.groups, self.cut = model, residence, groups, cut
         self.journal, self.target, self.storage = journal, target, storage
         self.dense = {name: model.get_submodule(name) for group in groups for name in group.names}
-        self.kl = {(row["group"], row["share"]): row["kl"] for row in journal.rows}
+        self.kl = {(row["group"], row["share"]): row["kl"] for row in journal.rows if _is_measurement(row)}
 
     def add(self, windows: Tensor, pairs: Sequence[tuple[Group, float]], progress: Progress) -> None:
         """Measure those pairs that have not been measured yet."""

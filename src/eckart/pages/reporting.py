@@ -13,7 +13,7 @@ from eckart.measuring.protocol import Protocol, ProtocolOptions
 from eckart.pages.report_facts import gather
 from eckart.pages.report_page import page
 from eckart.progress import Progress, silent
-from eckart.support.files import write_text
+from eckart.support.files import check_file, write_text
 
 NAME = "report.html"
 
@@ -39,6 +39,8 @@ def report(
     Raises `UserError` for a folder or a file that is not what it should be, or results about another model.
     """
     facts = gather(folder)
+    path = Path(folder) / NAME if out is None else Path(out)
+    check_file(path)  # before any work
     measurements = [dict(result) if isinstance(result, Mapping) else stored.read(result) for result in results]
     for source, result in zip(results, measurements, strict=True):
         if not stored.is_about(result, folder):
@@ -53,7 +55,6 @@ def report(
         "benches": [result for result in measurements if result["format"] == stored.BENCH],
         "samples": _samples(folder, against, prompts, Protocol(**options), progress) if against or prompts else None,
     }
-    path = Path(folder) / NAME if out is None else Path(out)
     write_text(path, page(facts))
     return {"format": "eckart-report", "version": 1, "page": str(path), **facts}
 
