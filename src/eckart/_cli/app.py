@@ -143,10 +143,10 @@ def ended(error: BaseException) -> tuple[str, int]:
         return f"interrupted{by}; {kept()}", 128 + number
     log.debug("where it came from:", exc_info=error)
     if isinstance(error, EOFError):
-        return "a file ends before what it should hold; it is empty or was cut off. -vv says where.", 1
+        return "a file ends before what it should hold; it is empty or cut off. -vv says where.", 1
     name, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
-    text = f"{name}: {reason}" if name and reason else " ".join(str(error).split()).rstrip(".")
-    return f"{text or type(error).__name__}. -vv says where.", 1
+    text = reason or " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return f"{f'{name}: ' if name and reason else ''}{text}. -vv says where.", 1
 
 
 def kept() -> str:
