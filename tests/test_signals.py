@@ -59,8 +59,7 @@ def run(*argv, at=lambda: None):
     return finish(*start(*argv, at=at))
 
 def left():
-    return sorted(str(path) for path in Path().rglob("*") if "partial" in path.name or "lock" in path.name
-                  or "decompositions" in path.name)
+    return sorted(str(path) for path in Path().rglob("*") if "partial" in path.name or "lock" in path.name)
 """
 
 
@@ -69,7 +68,7 @@ def folder(tmp_path, monkeypatch):
     from eckart.testing import tiny_model, tiny_tokenizer
 
     options = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
-    tiny_model("Llama", **options, num_hidden_layers=4).save_pretrained(tmp_path / "dense")
+    tiny_model("Llama", **options, num_hidden_layers=2).save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
     (tmp_path / "text.txt").write_text("A killed run resumes where it was and ends with the same bytes. " * 60)
     return tmp_path
@@ -91,60 +90,60 @@ def in_one_process(folder, script):
 
 
 COMPRESS = (
-    '"compress", "dense", "--recipe", "duo-svd", "--keep", "0.7", "--data", "text.txt", "--windows", "6", '
-    '"--length", "24", "--work", "work"'
+    '"compress", "dense", "--recipe", "duo-svd", "--keep", "0.7", "--data", "text.txt", "--windows", "4", '
+    '"--length", "16"'
 )
 
 
 @pytest.mark.slow
 def test_kills_at_random_moments(folder):
-    """Six of them, seeded, in all stages; then the run that is left alone ends as if nothing had been."""
+    """Six of them, seeded; after each two the run that is left alone ends as if nothing had been."""
     script = f"""
-        start_of = time.perf_counter()
-        assert run({COMPRESS.replace('"work"', '"other"')}, "--out", "whole")[0] == 0
-        seconds = time.perf_counter() - start_of
-        draw, codes, words = random.Random(0), [], []
-        for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGHUP):
-            child, files = start({COMPRESS}, "--out", "killed")
-            time.sleep(draw.uniform(0.1, 0.9) * seconds)
-            os.kill(child, number)
-            code, _, errors = finish(child, files)
-            codes.append([int(number), code, errors, [] if number == signal.SIGKILL else left()])
-            if Path("killed").exists():  # it was quicker, and had ended
-                assert code == 0, codes
-                import shutil
-                shutil.rmtree("killed")
-        last = run({COMPRESS}, "--out", "killed")
-        same = all((Path("killed") / path.name).read_bytes() == path.read_bytes() for path in Path("whole").iterdir()
-                   if path.name != "provenance.json")
-        print(json.dumps([codes, last, same, left()]))
+        import shutil
+        begun = time.perf_counter()
+        assert run({COMPRESS}, "--work", "other", "--out", "whole")[0] == 0
+        seconds, draw, ends = time.perf_counter() - begun, random.Random(0), []
+        for turn, polite in enumerate((signal.SIGTERM, signal.SIGINT, signal.SIGHUP)):
+            argv = ({COMPRESS}, "--work", f"work-{{turn}}", "--out", "killed")
+            for number, least, most in ((signal.SIGKILL, 0.1, 0.9), (polite, 0.02, 0.3)):
+                before = left()
+                child, files = start(*argv)
+                time.sleep(draw.uniform(least, most) * seconds)
+                os.kill(child, number)
+                code, _, errors = finish(child, files)
+                ends.append([int(number), code, errors, sorted({{*left()}} - {{*before}})])
+                if Path("killed").exists():  # it was quicker
+                    shutil.rmtree("killed")
+            last = run(*argv)
+            assert last[0] == 0, last
+            for path in Path("whole").iterdir():
+                if path.name != "provenance.json":  # which names the folders
+                    assert (Path("killed") / path.name).read_bytes() == path.read_bytes(), path
+            shutil.rmtree("killed")
+        print(json.dumps([ends, left()]))
     """
-    codes, last, same, left = in_one_process(folder, script)
-    for number, code, errors, remains in codes:
-        if number == signal.SIGKILL:
-            assert code in (-signal.SIGKILL, 0)
-        elif code != 0:
+    ends, left = in_one_process(folder, script)
+    assert left == []
+    assert sum(code != 0 for _, code, _, _ in ends) >= 4
+    for number, code, errors, remains in ends:
+        if number != signal.SIGKILL and code != 0:
             assert code == 128 + number
             assert errors.startswith("eckart: interrupted")
             assert errors.count("\n") == 1
-            assert remains == []  # of the one killed before, too, for its folders are of the same names
-    assert sum(code != 0 for _, code, _, _ in codes) >= 4
-    assert last[0] == 0, last
-    assert same
-    assert left == []
+            assert remains == []
 
 
 @pytest.mark.slow
 def test_pairs_of_runs(folder):
     """Both of one work folder end well, with the same bytes; of two on one output one is told, and one ends well."""
     script = f"""
-        two = [start({COMPRESS}, "--out", out) for out in ("one", "two")]
+        two = [start({COMPRESS}, "--work", "work", "--out", out) for out in ("one", "two")]
         shared = [finish(*one) for one in two]
         same = all((Path("two") / path.name).read_bytes() == path.read_bytes() for path in Path("one").iterdir()
                    if path.name != "provenance.json")
-        two = [start({COMPRESS}, "--out", "three") for _ in "ab"]
+        two = [start({COMPRESS}, "--work", "work", "--out", "three") for _ in "ab"]
         output = [finish(*one) for one in two]
-        cached = [start(*[{COMPRESS}][:-2], "--out", out) for out in ("four", "five")]
+        cached = [start({COMPRESS}, "--out", out) for out in ("four", "five")]
         cached = [finish(*one) for one in cached]
         print(json.dumps([shared, same, output, cached, left()]))
     """
@@ -153,7 +152,7 @@ def test_pairs_of_runs(folder):
     assert same
     codes = sorted(code for code, _, _ in output)
     assert codes[0] == 0
-    assert codes[1] in (0, 2) if codes[1] == 0 else codes[1] == 2
+    assert codes[1] == 2
     assert all(errors.count("\n") == 1 for code, _, errors in output if code == 2)
     assert [code for code, _, _ in cached] == [0, 0], cached
     assert left == []
@@ -181,6 +180,10 @@ def test_the_ways_out(folder):
                         Path("partial-of-it").unlink()
                 eckart.compress = compress
             return at
+
+        def early():
+            from typer.core import TyperGroup
+            TyperGroup.parse_args = lambda self, context, args: os.kill(os.getpid(), signal.SIGTERM)
 
         def raising(error):
             def at():
@@ -221,6 +224,7 @@ def test_the_ways_out(folder):
             "SIGINT": run(*compress, at=interrupted_by(signal.SIGINT)),
             "SIGTERM": run(*compress, at=interrupted_by(signal.SIGTERM)),
             "SIGHUP": run(*compress, at=interrupted_by(signal.SIGHUP)),
+            "before it began": run(*compress, at=early),
             "work": run(*compress, "--work", "work", at=interrupted_by(signal.SIGINT)),
             "no work yet": run(*compress, "--work", "empty", at=interrupted_by(signal.SIGINT)),
             "end of file": run(*inspect, at=raising(EOFError("Ran out of input"))),
@@ -252,6 +256,7 @@ def test_the_ways_out(folder):
 
     check("SIGINT", 130, "eckart: interrupted; nothing was written.\n")
     check("SIGTERM", 143, "eckart: interrupted by SIGTERM; nothing was written.\n")
+    check("before it began", 143, "eckart: interrupted by SIGTERM; nothing was written.\n")
     check("SIGHUP", 129, "eckart: interrupted by SIGHUP; nothing was written.\n")
     kept = "finished pieces are kept in work: run the same command again to go on."
     check("work", 130, f"eckart: interrupted; {kept}\n")
@@ -288,9 +293,8 @@ def test_the_ways_out(folder):
 
 def test_a_signal_raises_where_the_work_is_and_handlers_come_back():
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Stopped) as caught, stoppable():
+    with pytest.raises(Stopped, match="SIGTERM") as caught, stoppable():
         signal.raise_signal(signal.SIGTERM)
-    assert caught.value.number == signal.SIGTERM
     assert isinstance(caught.value, KeyboardInterrupt)  # what libraries know
     assert signal.getsignal(signal.SIGTERM) is before
 

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -116,17 +117,21 @@ def main() -> None:
 
 def run() -> tuple[str, int]:
     """Run the command of `sys.argv`; returns what is to be said of its end, and the exit code."""
+    came: list[int] = []
     try:
-        with signals.stoppable():
-            return "", commands().main(prog_name="eckart", standalone_mode=False) or 0
+        with signals.stoppable() as came:
+            code = commands().main(prog_name="eckart", standalone_mode=False) or 0
+            return interrupted(came) if code == 130 else ("", code)  # click's own, before a command had begun
     except UserError as error:
         return str(error), 2
     except (EckartError, MemoryError) as error:
         return str(error) or "out of memory; lower --length or --windows.", 1
     except _Ended as error:
-        return ended(error.cause)
-    except (KeyboardInterrupt, OSError) as error:
-        return ended(error)
+        return interrupted(came) if isinstance(error.cause, KeyboardInterrupt) else broken(error.cause)
+    except KeyboardInterrupt:
+        return interrupted(came)
+    except OSError as error:
+        return broken(error)
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's usage errors, whichever copy of click typer brings
             raise
@@ -135,12 +140,15 @@ def run() -> tuple[str, int]:
         return f"{' '.join(error.format_message().split()).rstrip('.')}.{where}", 2
 
 
-def ended(error: BaseException) -> tuple[str, int]:
-    """What to say of a signal, or of an error of the system that nobody foresaw."""
-    if isinstance(error, KeyboardInterrupt):
-        number = getattr(error, "number", signal.SIGINT)
-        by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
-        return f"interrupted{by}; {kept()}", 128 + number
+def interrupted(came: Sequence[int]) -> tuple[str, int]:
+    """What to say of a signal, the first of those that came."""
+    number = came[0] if came else signal.SIGINT
+    by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+    return f"interrupted{by}; {kept()}", 128 + number
+
+
+def broken(error: BaseException) -> tuple[str, int]:
+    """What to say of an error of the system that nobody foresaw."""
     log.debug("where it came from:", exc_info=error)
     if isinstance(error, EOFError):
         return "a file ends before what it should hold; it is empty or cut off. -vv says where.", 1

@@ -13,40 +13,38 @@ NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # the last is not on every system
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal came; `number` says which."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
+    """A signal came. Who catches it may raise another in its place: `stoppable` knows which signal it was."""
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
+def stoppable() -> Iterator[list[int]]:
     """Raise `Stopped` in the main thread when a signal comes; what is ignored (under nohup) stays so.
 
     Another Ctrl-C ends the process at once, and so does another signal that is not of the same moment: a terminal
-    that closes may send its own twice.
+    that closes may send its own twice. Gives the list of the signals that came.
     """
+    came: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # where no handler can be set
-        yield
+        yield came
         return
     numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}
-    first: list[float] = []
+    first = 0.0
 
     def stop(number: int, frame: FrameType | None) -> Any:
-        now = time.monotonic()
-        if not first:
-            first.append(now)
-            raise Stopped(number)
-        if number == signal.SIGINT or now - first[0] > 1:
+        nonlocal first
+        came.append(number)
+        if len(came) == 1:
+            first = time.monotonic()
+            raise Stopped(signal.Signals(number).name)
+        if number == signal.SIGINT or time.monotonic() - first > 1:
             os._exit(128 + number)
 
     for number, handler in before.items():
         if handler not in (signal.SIG_IGN, None):
             signal.signal(number, stop)
     try:
-        yield
+        yield came
     finally:
         for number, handler in before.items():
             if handler is not None:

@@ -62,7 +62,7 @@ def partial_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     stem = f".{_short(path.name)}"
     for dead in _partials(path.parent, stem):
-        _sweep_file(dead)
+        lock.sweep(dead)
     own = lock.wait(path.with_name(f"{stem}.partial-{secrets.token_hex(4)}"))
     try:
         yield own.path
@@ -244,14 +244,6 @@ def _remove_folders(made: list[Path]) -> None:
         with contextlib.suppress(OSError):
             made[-1].rmdir()
         made.pop()
-
-
-def _sweep_file(path: Path) -> None:
-    """Remove a partial file whose writer is dead."""
-    with contextlib.suppress(OSError):
-        held = lock.take(path)
-        if held is not None and held.sure:
-            held.release()
 
 
 def _partials(folder: Path, stem: str) -> list[Path]:

@@ -69,6 +69,14 @@ def wait(path: Path, say: Callable[[str], None] = lambda owner: None) -> Lock:
     return lock
 
 
+def sweep(path: Path) -> None:
+    """Remove a lock's file, or one that its writer has locked, if nobody holds it any more."""
+    with contextlib.suppress(OSError):
+        held = take(path)
+        if held is not None and held.sure:
+            held.release()
+
+
 def owner(path: Path) -> str:
     """Who holds the lock, as in `pid 123 on host, since 2026-01-31 12:00`."""
     try:

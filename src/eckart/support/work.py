@@ -229,9 +229,8 @@ def _sweep(work: Path) -> None:
     """Remove what runs that were killed left half done."""
     for path in work.glob(f"{SCRATCH}*"):
         shutil.rmtree(path, ignore_errors=True)
-    for path in [*work.glob(".*.partial-*"), *work.glob("*/.*.partial-*")]:
-        if path.is_file():
-            path.unlink()
+    for path in [*work.glob(".*.jsonl.lock"), *work.glob(".*.partial-*"), *work.glob("*/.*.partial-*")]:
+        lock.sweep(path)
 
 
 def _seal(data: Mapping[str, Any], key: Key, piece: str = "") -> str:
