@@ -66,6 +66,16 @@ def test_the_home_folder_has_its_short_name(here, monkeypatch):
     assert tree(here) == sorted(["home", "home/new", "home/page.html", *(f"home/new/{name}" for name in FILLED)])
 
 
+def test_an_output_within_the_model_folder_leaves_the_model_as_it_is(here):
+    (here / "model").mkdir()
+    fill(here / "model")
+    with new_folder("model/small") as partial:
+        fill(partial)
+    assert tree(here / "model") == sorted([*FILLED, "small", *(f"small/{name}" for name in FILLED)])
+    with pytest.raises(OutputError, match="model: exists and is not empty"):
+        OutputFolder("model")
+
+
 def test_a_folder_that_was_there_keeps_its_rights(here):
     (here / "out").mkdir(mode=0o750)
     before = (here / "out").stat()
