@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import eckart
-from eckart.errors import OutputError
 from eckart.recipes import Recipe
 from eckart.support.work import Key, WorkFolder
 from eckart.testing import tiny_model, tiny_tokenizer
@@ -172,5 +171,4 @@ def test_work_folder(tmp_path):
     assert WorkFolder(tmp_path, Key("stage", a=2)).find("one") is None
     assert WorkFolder(None, key).find("one") is None
     next(tmp_path.glob("*/one.safetensors")).write_bytes(b"torn")
-    with pytest.raises(OutputError, match="one cannot be read back"):
-        work.find("one")
+    assert work.find("one") is None  # made again

@@ -97,8 +97,8 @@ def compress(
         terminal.show_kl(compression.provenance["kl"])
     if "metric_drift" in compression.provenance:
         terminal.show_drift(compression.provenance["metric_drift"])
-    terminal.out.print("  ".join(f"{stage} {seconds:.1f} s" for stage, seconds in compression.seconds.items()))
-    terminal.out.print(f"Checkpoint: {out}")
+    terminal.say("  ".join(f"{stage} {seconds:.1f} s" for stage, seconds in compression.seconds.items()))
+    terminal.say(f"Checkpoint: {out}")
 
 
 def with_recovery(recipe: str, options: dict[str, str]) -> dict[str, str]:

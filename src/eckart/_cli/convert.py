@@ -30,5 +30,5 @@ def convert(
         return
     terminal.show_ledger(conversion.ledger)
     for name, reason in conversion.left.items():
-        terminal.out.print(f"{name}: stays as it is, since it {reason}.")
-    terminal.out.print(f"{conversion.changed} layers changed. Checkpoint: {out}")
+        terminal.say(f"{name}: stays as it is, since it {reason}.")
+    terminal.say(f"{conversion.changed} layers changed. Checkpoint: {out}")

@@ -28,7 +28,5 @@ def export(
     if as_json:
         print_json(result.to_dict())
         return
-    terminal.out.print(f"{result.note}")
-    terminal.out.print(
-        f"{result.bytes / 1e6:,.1f} MB, from {result.source_bytes / 1e6:,.1f} MB of weights: {result.out}"
-    )
+    terminal.say(f"{result.note}")
+    terminal.say(f"{result.bytes / 1e6:,.1f} MB, from {result.source_bytes / 1e6:,.1f} MB of weights: {result.out}")

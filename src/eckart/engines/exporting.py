@@ -58,7 +58,7 @@ def export(model: str | Path, *, to: str, out: str | Path, int8: bool = False, p
     """
     if to not in FORMATS:
         raise OptionError(f"to is {to!r}, but must be {', '.join(FORMATS)}.")
-    out = Path(out)
+    out = Path(out).expanduser()
     files.check_new_folder(out)
     if to == "merged":
         if int8:

@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor, nn
 
 from eckart import ledger
-from eckart.errors import OutputError
 from eckart.measuring.divergence import Divergence
 from eckart.measuring.probes import Cut
 from eckart.measuring.scene import Scene
@@ -28,7 +26,6 @@ from eckart.model.discovery import Layout
 from eckart.model.residence import Residence, residence_of
 from eckart.model.walk import Stream, open_stream, pass_blocks, replaced, split_batches, walk
 from eckart.progress import Progress, silent
-from eckart.support import reading
 from eckart.support.work import Journal, Key
 from eckart.types import Budget, Entry, Group
 
@@ -108,12 +105,13 @@ def measure_curves(
     return Curves(target, measurements.kl[RESTING, target], losses)
 
 
-class _Row(msgspec.Struct):
-    """A line of the journal; its rank is for people."""
-
-    group: str
-    share: float
-    kl: float
+def _is_measurement(row: Mapping[str, Any]) -> bool:
+    """Whether a row of a journal is one of ours; a damaged one of version 0.1, which has no checksum, may not be."""
+    return (
+        isinstance(row.get("group"), str)
+        and isinstance(row.get("share"), int | float)
+        and isinstance(row.get("kl"), int | float)
+    )
 
 
 class _Measurements:
@@ -132,8 +130,7 @@ class _Measurements:
         self.model, self.residence, self.groups, self.cut = model, residence, groups, cut
         self.journal, self.target, self.storage = journal, target, storage
         self.dense = {name: model.get_submodule(name) for group in groups for name in group.names}
-        rows = reading.checked(journal.rows, list[_Row], OutputError, journal.path)
-        self.kl = {(row.group, row.share): row.kl for row in rows}
+        self.kl = {(row["group"], row["share"]): row["kl"] for row in journal.rows if _is_measurement(row)}
 
     def add(self, windows: Tensor, pairs: Sequence[tuple[Group, float]], progress: Progress) -> None:
         """Measure those pairs that have not been measured yet."""

@@ -16,7 +16,7 @@ from eckart.pages.render import render
 from eckart.pages.report_facts import summary
 from eckart.progress import Progress, silent
 from eckart.support.escaping import plain
-from eckart.support.files import write_text
+from eckart.support.files import check_file, write_text
 
 Row = Mapping[str, Any]
 
@@ -40,6 +40,8 @@ def compare(
     models were measured on different token ids or in different ways: such numbers have no order.
     """
     _check_folders(folders)
+    if out is not None:
+        check_file(Path(out))  # before any work
     measurements = [stored.read(path) for path in results]
     for path, result in zip(results, measurements, strict=True):
         if not any(stored.is_about(result, folder) for folder in folders):

@@ -14,7 +14,7 @@ from eckart.pages.report_facts import gather
 from eckart.pages.report_page import page
 from eckart.progress import Progress, silent
 from eckart.support.escaping import plain
-from eckart.support.files import write_text
+from eckart.support.files import check_file, write_text
 
 NAME = "report.html"
 
@@ -40,6 +40,8 @@ def report(
     Raises `UserError` for a folder or a file that is not what it should be, or results about another model.
     """
     facts = gather(folder)
+    path = Path(folder) / NAME if out is None else Path(out)
+    check_file(path)  # before any work
     measurements = [
         stored.checked(result, "a result") if isinstance(result, Mapping) else stored.read(result) for result in results
     ]
@@ -56,7 +58,6 @@ def report(
         "benches": [result for result in measurements if result["format"] == stored.BENCH],
         "samples": _samples(folder, against, prompts, Protocol(**options), progress) if against or prompts else None,
     }
-    path = Path(folder) / NAME if out is None else Path(out)
     write_text(path, page(facts))
     return {"format": "eckart-report", "version": 1, "page": str(path), **facts}
 

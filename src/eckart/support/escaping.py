@@ -1,11 +1,11 @@
-"""Foreign text, made fit for one line of a terminal."""
+"""Foreign text made harmless before a person or a terminal sees it."""
 
 
 def plain(text: object, limit: int = 300) -> str:
-    """The text on one line and harmless to show: at most `limit` characters, nothing in them that is not printed.
+    r"""Text in one line of at most `limit` characters, with everything invisible written out.
 
-    Line breaks, control characters, halves of surrogate pairs and what turns the direction of writing become escapes
-    such as `\\x1b`.
+    Control characters (line breaks and tabs too), lone surrogates, marks of writing direction, zero-width characters
+    and unusual spaces become escapes such as `\x1b` and `\u202e`; what is cut off is shown as " ...".
     """
     try:
         whole = str(text)
