@@ -59,7 +59,8 @@ def run(*argv, at=lambda: None):
     return finish(*start(*argv, at=at))
 
 def left():
-    return sorted(str(path) for path in Path().rglob("*") if "partial" in path.name or "lock" in path.name)
+    return sorted(str(path) for path in Path().rglob("*") if "partial" in path.name or "lock" in path.name
+                  or "decompositions" in path.name)
 """
 
 

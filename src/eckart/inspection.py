@@ -11,13 +11,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def inspect(model: "str | PreTrainedModel", *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Layout:
+def inspect(
+    model: "str | PreTrainedModel",
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    trust_remote_code: bool = False,
+) -> Layout:
     """Targets by block and kind, and everything skipped with its reason.
 
     `model` is a hub id, a folder, or a model in memory. Of a name only the configuration is read: the
     model is built without memory for its weights. Raises `ModelError` when there is nothing to compress.
     """
-    return discover(checkpoint.skeleton(model) if isinstance(model, str) else model, include, exclude)
+    if isinstance(model, str):
+        return discover(checkpoint.skeleton(model, trust_remote_code=trust_remote_code), include, exclude)
+    return discover(model, include, exclude)
 
 
 def methods() -> dict[str, dict[str, Any]]:

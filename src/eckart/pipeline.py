@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,18 +11,22 @@ from eckart import recipes
 from eckart.checkpoints.provenance import compress_command
 from eckart.planning import preflight
 from eckart.planning.goals import Goal
-from eckart.planning.loaded import Text, load
+from eckart.planning.loaded import Loaded, Text, load
 from eckart.planning.planner import decompose_for, make_plan, take_plan
 from eckart.plans.plan import Plan
 from eckart.progress import Progress, Stages, silent
 from eckart.recipes import Recipe
 from eckart.run import Compression, carry_out
 from eckart.support import files
+from eckart.support.files import OutputFolder
+from eckart.support.work import opened
 from eckart.text.calibration import Calibration
 from eckart.types import Spectrum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DECOMPOSED_BYTES = 12  # of a decomposition on disk, for each parameter of its target, at most
 
 
 def compress(
@@ -66,48 +70,50 @@ def compress(
     Raises `UserError` for anything the caller can mend, `NumericalError` for NaN while computing.
     """
     goal = Goal.of(keep, size, max_kl)
-    if out is not None:
-        files.check_new_folder(Path(out))  # before any work
     full_recipe = find_recipe(recipe, options, storage)
     preflight.check_request(full_recipe, goal, device, dtype)
-    stages, folder = Stages(progress), None if work is None else Path(work)
-    loaded = load(
-        model, tokenizer, include=include, exclude=exclude, device=device, dtype=dtype,
-        trust_remote_code=trust_remote_code, stages=stages,
-    )  # fmt: skip
-    text = Text(calibration or Calibration(), loaded, stages)
     saved_plan = plan if plan is None or isinstance(plan, Plan) else Plan.load(plan)
-    preflight.check_run(loaded, text, full_recipe, goal, saved_plan)
-    with _spill(folder) as spill:
-        if saved_plan is None:
-            planned = make_plan(
-                loaded, text, full_recipe, goal, rank_multiple=rank_multiple, work=folder, spill=spill, stages=stages
+    stages, folder = Stages(progress), None if work is None else Path(work)
+    with ExitStack() as held:
+        output = None if out is None else held.enter_context(OutputFolder(out))
+        scratch = held.enter_context(opened(folder, output))
+        loaded = load(
+            model, tokenizer, include=include, exclude=exclude, device=device, dtype=dtype,
+            trust_remote_code=trust_remote_code, stages=stages,
+        )  # fmt: skip
+        text = Text(calibration or Calibration(), loaded, stages)
+        preflight.check_run(loaded, text, full_recipe, goal, saved_plan, output)
+        with _spill(scratch, output, loaded) as spill:
+            if saved_plan is None:
+                planned = make_plan(
+                    loaded, text, full_recipe, goal, rank_multiple=rank_multiple, work=folder, spill=spill,
+                    stages=stages,
+                )  # fmt: skip
+            else:
+                planned = take_plan(loaded, text, full_recipe, saved_plan, spill=spill, stages=stages)
+            if on_plan is not None:
+                on_plan(planned.plan)
+            if output is not None:
+                files.check_space(output, loaded.ledger(planned.plan).model_bytes_kept)
+            flags = {**goal.to_dict(), **({"rank_multiple": rank_multiple} if rank_multiple > 1 else {})}
+            command = partial(
+                compress_command,
+                loaded.source,
+                recipe=recipe.name if isinstance(recipe, Recipe) else recipe,
+                goal=flags if plan is None else {"plan": "plan.json" if isinstance(plan, Plan) else plan},
+                storage=storage,
+                options=options or {},
+                include=include,
+                exclude=exclude,
+                device=device,
+                dtype=dtype,
+                tokenizer=tokenizer if isinstance(tokenizer, str) else None,
+                trust_remote_code=trust_remote_code,
             )
-        else:
-            planned = take_plan(loaded, text, full_recipe, saved_plan, spill=spill, stages=stages)
-        if on_plan is not None:
-            on_plan(planned.plan)
-        if out is not None:
-            files.check_space(Path(out), loaded.ledger(planned.plan).model_bytes_kept)
-        flags = {**goal.to_dict(), **({"rank_multiple": rank_multiple} if rank_multiple > 1 else {})}
-        command = partial(
-            compress_command,
-            loaded.source,
-            recipe=recipe.name if isinstance(recipe, Recipe) else recipe,
-            goal=flags if plan is None else {"plan": "plan.json" if isinstance(plan, Plan) else plan},
-            storage=storage,
-            options=options or {},
-            include=include,
-            exclude=exclude,
-            device=device,
-            dtype=dtype,
-            tokenizer=tokenizer if isinstance(tokenizer, str) else None,
-            trust_remote_code=trust_remote_code,
-        )
-        compression = carry_out(loaded, text, full_recipe, planned, work=folder, stages=stages, command=command)
-    if out is not None:
-        with stages("save", counts=True):
-            compression.save(out)
+            compression = carry_out(loaded, text, full_recipe, planned, work=folder, stages=stages, command=command)
+        if output is not None:
+            with stages("save", counts=True):
+                compression.save(output)
     return compression
 
 
@@ -135,13 +141,13 @@ def plan(
     goal, stages, folder = Goal.of(keep, size, max_kl), Stages(progress), None if work is None else Path(work)
     full_recipe = find_recipe(recipe, options, storage)
     preflight.check_request(full_recipe, goal, device, dtype)
-    loaded = load(
-        model, tokenizer, include=include, exclude=exclude, device=device, dtype=dtype,
-        trust_remote_code=trust_remote_code, stages=stages,
-    )  # fmt: skip
-    text = Text(calibration or Calibration(), loaded, stages)
-    preflight.check_run(loaded, text, full_recipe, goal)
-    with _spill(folder) as spill:
+    with opened(folder) as spill:
+        loaded = load(
+            model, tokenizer, include=include, exclude=exclude, device=device, dtype=dtype,
+            trust_remote_code=trust_remote_code, stages=stages,
+        )  # fmt: skip
+        text = Text(calibration or Calibration(), loaded, stages)
+        preflight.check_run(loaded, text, full_recipe, goal)
         planned = make_plan(
             loaded, text, full_recipe, goal, rank_multiple=rank_multiple, work=folder, spill=spill, stages=stages
         )
@@ -182,15 +188,19 @@ def find_recipe(recipe: str | Recipe, options: Mapping[str, Any] | None = None, 
 
 
 @contextmanager
-def _spill(work: Path | None) -> Iterator[Path | None]:
-    """A folder in the work folder that holds the decompositions of this run in place of memory; None without one."""
-    if work is None:
+def _spill(scratch: Path | None, output: OutputFolder | None, loaded: Loaded) -> Iterator[Path | None]:
+    """Where decompositions of this run lie in place of memory: the work folder, or else the disk of the output.
+
+    None, memory, without either, and where that disk has no room to spare.
+    """
+    if scratch is not None or output is None or output.partial is None:
+        yield scratch
+        return
+    needed = DECOMPOSED_BYTES * loaded.layout.target_parameters + loaded.ledger(Plan(())).model_bytes_dense
+    if files.free_space(output) < needed:
         yield None
         return
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix="decompositions-", dir=work)
-    except OSError as error:
-        raise files.output_error(work, error) from None
-    with scratch as folder:
+    with tempfile.TemporaryDirectory(
+        prefix="decompositions-", dir=output.partial, ignore_cleanup_errors=True
+    ) as folder:
         yield Path(folder)

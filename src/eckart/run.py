@@ -23,6 +23,7 @@ from eckart.recipes import Recipe
 from eckart.refiners.base import Refinement, Refiner
 from eckart.support import dtypes
 from eckart.support.dtypes import round_
+from eckart.support.files import OutputFolder
 from eckart.support.memory import give_back
 from eckart.types import Entry, Group
 
@@ -52,7 +53,7 @@ class Compression:
     source: str | None = None
     own_tokenizer: bool = True
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path | OutputFolder) -> None:
         """Write the checkpoint, with what stood beside the weights of a model that came by name.
 
         Raises `OutputError` and leaves nothing behind if it cannot.

@@ -27,6 +27,8 @@ from eckart._cli.options import (
     Seed,
     Size,
     Storage,
+    Tokenizer,
+    TrustRemoteCode,
     Windows,
     Work,
     parse_options,
@@ -56,6 +58,8 @@ def compress(
     exclude: Exclude = [],  # noqa: B006
     device: Device = "cpu",
     dtype: Dtype = "auto",
+    tokenizer: Tokenizer = None,
+    trust_remote_code: TrustRemoteCode = False,
     recover: Annotated[
         bool,
         typer.Option("--recover", help="Then distil the factors against the dense model, on this text and its own."),
@@ -85,6 +89,8 @@ def compress(
             work=work,
             device=device,
             dtype=dtype,
+            tokenizer=tokenizer,
+            trust_remote_code=trust_remote_code,
             on_plan=None if as_json else terminal.show_reached,
             progress=progress,
         )

@@ -19,6 +19,8 @@ from eckart._cli.options import (
     MeasureWindows,
     Model,
     Seed,
+    Tokenizer,
+    TrustRemoteCode,
     unescape,
 )
 
@@ -45,6 +47,8 @@ def evaluate(
     mean: Mean = "token",
     device: Device = "cpu",
     dtype: ComputeDtype = "auto",
+    tokenizer: Tokenizer = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Perplexity and tasks, dense beside compressed, under one stated protocol.
@@ -67,6 +71,8 @@ def evaluate(
             mean=mean,  # type: ignore[arg-type]  # checked there, with a better message
             device=device,
             dtype=dtype,
+            tokenizer=tokenizer,
+            trust_remote_code=trust_remote_code,
             progress=progress,
         )
     if as_json:

@@ -21,6 +21,8 @@ from eckart._cli.options import (
     Options,
     Recipe,
     Seed,
+    Tokenizer,
+    TrustRemoteCode,
     Windows,
     parse_options,
     unescape,
@@ -42,6 +44,8 @@ def inspect(
     join: Join = "\\n\\n",
     bos: Bos = "start",
     device: Device = "cpu",
+    tokenizer: Tokenizer = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """What would be compressed, what would not, and why; with --spectra the effective ranks of each module, too.
@@ -50,7 +54,7 @@ def inspect(
 
     Example: `eckart inspect MODEL --spectra --data corpus.txt --windows 32 --length 512`
     """
-    layout = eckart.inspect(model, include=include, exclude=exclude)
+    layout = eckart.inspect(model, include=include, exclude=exclude, trust_remote_code=trust_remote_code)
     rows: list[dict[str, Any]] = []
     if spectra:
         from eckart.plans.figures import describe
@@ -64,6 +68,8 @@ def inspect(
                 include=include,
                 exclude=exclude,
                 device=device,
+                tokenizer=tokenizer,
+                trust_remote_code=trust_remote_code,
                 progress=progress,
             )
         rows = [describe(spectrum) for spectrum in spectrum_list]

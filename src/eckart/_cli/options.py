@@ -43,6 +43,10 @@ Exclude = Annotated[list[str], typer.Option(help="Leave linears that match this 
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="Stored dtype: auto (the checkpoint's), float32, bfloat16, float16.")]
 ComputeDtype = Annotated[str, typer.Option("--dtype", help="Computing dtype: auto, float32, bfloat16, float16.")]
+Tokenizer = Annotated[str | None, typer.Option(help="A tokenizer in place of the model's own: a folder or a hub id.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that comes with a model of a class of its own.")
+]
 Work = Annotated[
     Path | None, typer.Option(help="Folder for finished pieces of a long run; the same command resumes there.")
 ]

@@ -27,6 +27,8 @@ from eckart._cli.options import (
     Seed,
     Size,
     Storage,
+    Tokenizer,
+    TrustRemoteCode,
     Windows,
     Work,
     parse_options,
@@ -56,6 +58,8 @@ def plan(
     exclude: Exclude = [],  # noqa: B006
     device: Device = "cpu",
     dtype: Dtype = "auto",
+    tokenizer: Tokenizer = None,
+    trust_remote_code: TrustRemoteCode = False,
     work: Work = None,
     as_json: Json = False,
 ) -> None:
@@ -79,6 +83,8 @@ def plan(
             exclude=exclude,
             device=device,
             dtype=dtype,
+            tokenizer=tokenizer,
+            trust_remote_code=trust_remote_code,
             work=work,
             progress=progress,
         )

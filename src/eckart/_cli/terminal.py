@@ -262,7 +262,7 @@ def show_verification(found: "Verification") -> None:
     if rows:
         table("Files", ("file", "state"), rows, justify="left")
     what = "recorded as they are" if found.accepted else "as saved" if found.whole else "not what was saved"
-    out.print(f"{found.folder}: {len(found.files)} files, {what}.", markup=False)
+    say(f"{found.folder}: {len(found.files)} files, {what}.")
 
 
 def show_comparison(comparison: dict[str, Any]) -> None:

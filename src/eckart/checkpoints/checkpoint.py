@@ -34,7 +34,7 @@ PLAN = "plan.json"
 
 def save(
     model: "PreTrainedModel",
-    folder: str | Path,
+    folder: str | Path | files.OutputFolder,
     *,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     plan: Plan | None = None,
@@ -54,14 +54,16 @@ def save(
     """
     from eckart.portable import hf
 
-    folder = Path(folder)
+    output = folder
+    folder = output.given if isinstance(output, files.OutputFolder) else Path(output)
     specs = hf.specs_of(model)
     if plan is not None and (difference := _difference(plan, specs)):
         raise PlanError(f"{folder}: not saved, since the plan is not what the model is: {difference}.")
-    files.check_new_folder(folder)
+    if not isinstance(output, files.OutputFolder):
+        files.check_new_folder(folder)
     files.check_space(folder, sum(t.nbytes for t in [*model.parameters(), *model.buffers()]))
     hf.attach_(model, specs)
-    with files.new_folder(folder) as partial, pretrained.quiet(), _disk_errors(folder):
+    with files.new_folder(output) as partial, pretrained.quiet(), _disk_errors(folder):
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         if specs:
             code.write_code(partial, model)

@@ -13,6 +13,7 @@ from eckart.evaluation import tasks
 from eckart.maths.divergence import from_log_probabilities
 from eckart.measuring.perplexity import ROWS, Perplexity, nll_of, window_logits
 from eckart.measuring.protocol import Mean, Protocol, ProtocolOptions
+from eckart.model.walk import predicts_tokens
 from eckart.progress import Progress, silent, track
 from eckart.support import dtypes
 from eckart.support.devices import check_device
@@ -35,6 +36,7 @@ def evaluate(
     include_path: str | Path | None = None,
     limit: int | None = None,
     tokenizer: "str | PreTrainedTokenizerBase | None" = None,
+    trust_remote_code: bool = False,
     progress: Progress = silent,
     **options: Unpack[ProtocolOptions],
 ) -> dict[str, Any]:
@@ -42,7 +44,8 @@ def evaluate(
 
     `data_specs` None means `wikitext2`, or no text when there are tasks. `task_names` are those of the LM
     Evaluation Harness, or `papers` for the seven of the papers; `include_path` is a folder with more tasks
-    as YAML, `limit` the most documents of each. `options` are the fields of `eckart.measuring.protocol.Protocol`:
+    as YAML, `limit` the most documents of each. `tokenizer` is one, or the name of one, in place of the model's own.
+    `options` are the fields of `eckart.measuring.protocol.Protocol`:
     `windows` (None: the whole text), `length`, `seed`, `join`, `bos`, `mean`, `device`, `dtype`. Returns plain data:
     `results[i]` holds the corpus, `perplexity`, with `against` also `dense_perplexity` and `kl`, the KL divergence
     of the predictions from the dense model's in nats per token, and the protocol with the hash of the token ids;
@@ -55,13 +58,13 @@ def evaluate(
     if data_specs is None:
         data_specs = () if run.names else ("wikitext2",)
     check_device(protocol.device)
-    own = tokenizer is None or isinstance(tokenizer, str)
-    tokenizer = _tokenizer(tokenizer or _path(model))
-    if own and against is not None and isinstance(against, str | Path):
-        _check_tokenizers(tokenizer, against)
+    if tokenizer is None or isinstance(tokenizer, str):
+        given, tokenizer = tokenizer, checkpoint.load_tokenizer(tokenizer or _path(model), trust_remote_code)
+        if given is None and isinstance(against, str | Path):
+            _check_tokenizers(tokenizer, against)
     corpora = [protocol.corpus(spec, tokenizer) for spec in data_specs]
-    compressed = _loaded(model, protocol)
-    dense = None if against is None else _loaded(against, protocol)
+    compressed = _loaded(model, protocol, trust_remote_code)
+    dense = None if against is None else _loaded(against, protocol, trust_remote_code)
     figures = [_measure(compressed, dense, corpus, protocol, progress) for corpus in corpora]
     settings = protocol.to_dict(_dtype(compressed))
     if dense is not None and _dtype(dense) != _dtype(compressed):
@@ -82,10 +85,6 @@ def evaluate(
     }
 
 
-def _tokenizer(given: "str | PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
-    return checkpoint.load_tokenizer(given) if isinstance(given, str) else given
-
-
 def _check_tokenizers(tokenizer: "PreTrainedTokenizerBase", against: str | Path) -> None:
     """Raise `OptionError` when the dense model reads text as other tokens: losses per token would not compare."""
     try:
@@ -102,12 +101,15 @@ def _check_tokenizers(tokenizer: "PreTrainedTokenizerBase", against: str | Path)
         )
 
 
-def _loaded(model: "str | Path | PreTrainedModel", protocol: Protocol) -> "PreTrainedModel":
+def _loaded(model: "str | Path | PreTrainedModel", protocol: Protocol, trust_remote_code: bool) -> "PreTrainedModel":
     """A model by name on the protocol's device and in its dtype; one in memory as it is."""
-    if not isinstance(model, str | Path):
-        return model.eval()
-    loaded = checkpoint.load_model(str(model), device=protocol.device)
-    dtypes.compute_in_(loaded, protocol.dtype)
+    if isinstance(model, str | Path):
+        loaded = checkpoint.load_model(str(model), device=protocol.device, trust_remote_code=trust_remote_code)
+        dtypes.compute_in_(loaded, protocol.dtype)
+    else:
+        loaded = model
+    if not predicts_tokens(loaded):
+        raise OptionError(f"{type(loaded).__name__} gives no logits of a next token, so its losses cannot be measured.")
     return loaded.eval()
 
 

@@ -11,8 +11,9 @@ from eckart.planning.goals import Goal, header_bytes
 from eckart.planning.loaded import Loaded, Text
 from eckart.plans import Plan, resolve
 from eckart.recipes import Recipe
-from eckart.support import dtypes
+from eckart.support import dtypes, files
 from eckart.support.devices import check_device
+from eckart.support.files import OutputFolder
 
 
 def check_request(recipe: Recipe, goal: Goal, device: str, dtype: str) -> None:
@@ -32,7 +33,14 @@ def check_request(recipe: Recipe, goal: Goal, device: str, dtype: str) -> None:
         )
 
 
-def check_run(loaded: Loaded, text: Text, recipe: Recipe, goal: Goal, plan: Plan | None = None) -> None:
+def check_run(
+    loaded: Loaded,
+    text: Text,
+    recipe: Recipe,
+    goal: Goal,
+    plan: Plan | None = None,
+    output: OutputFolder | None = None,
+) -> None:
     """Once the model is read: what the recipe needs of it, a saved plan, the goal, whether it can be saved, the text.
 
     Raises the `UserError` that says what is wrong.
@@ -47,16 +55,23 @@ def check_run(loaded: Loaded, text: Text, recipe: Recipe, goal: Goal, plan: Plan
         resolve(plan, loaded.layout.targets)
     elif goal.size is not None:
         _check_size(loaded, goal.size)
-    with tempfile.TemporaryDirectory(prefix="eckart-") as folder:
+    if output is not None:
+        files.check_space(output, _least_bytes(loaded, goal))
+    with tempfile.TemporaryDirectory(prefix="eckart-", dir=None if output is None else output.partial) as folder:
         checkpoint.try_saving(loaded.model, loaded.tokenizer, Path(folder))
     if recipe.reads_text():
         text.read()
 
 
-def _check_size(loaded: Loaded, size: int) -> None:
+def _least_bytes(loaded: Loaded, goal: Goal) -> int:
+    """What the weight files will take at least."""
     layout = loaded.layout
-    rest = (layout.parameters - layout.target_parameters) * loaded.stored_dtype.itemsize
-    rest += header_bytes(loaded.model.state_dict(), layout.targets)
+    kept = layout.parameters - (1 - (goal.keep or 0)) * layout.target_parameters
+    return int(kept * loaded.stored_dtype.itemsize)
+
+
+def _check_size(loaded: Loaded, size: int) -> None:
+    rest = _least_bytes(loaded, Goal(keep=0.0)) + header_bytes(loaded.model.state_dict(), loaded.layout.targets)
     if size <= rest:
         raise BudgetError(
             f"size is {size} bytes, but what is never compressed (embeddings, norms, head) takes {rest}; ask for more."

@@ -176,17 +176,21 @@ def check_new_folder(path: str | Path) -> None:
     OutputFolder(path).close()
 
 
-def check_space(path: str | Path | OutputFolder, needed: int) -> None:
-    """Raise `OutputError` when the disk under `path` has fewer than `needed` bytes free."""
+def free_space(path: str | Path | OutputFolder) -> int:
+    """Bytes that are free on the disk under `path`. Raises `OutputError`."""
     target = resolved(os.fspath(path))
     try:
         existing = next(folder for folder in [target, *target.parents] if folder.exists())
-        free = shutil.disk_usage(existing).free
+        return shutil.disk_usage(existing).free
     except OSError as error:
         raise output_error(target, error) from None
-    if free < needed:
+
+
+def check_space(path: str | Path | OutputFolder, needed: int) -> None:
+    """Raise `OutputError` when the disk under `path` has fewer than `needed` bytes free."""
+    if (free := free_space(path)) < needed:
         raise OutputError(
-            f"{target}: the checkpoint needs about {needed / 1e6:.1f} MB but the disk has "
+            f"{os.fspath(path)}: the checkpoint needs about {needed / 1e6:.1f} MB but the disk has "
             f"{free / 1e6:.1f} MB free; make room or name a folder elsewhere."
         )
 
