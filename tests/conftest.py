@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warns when a test forks
 # Tiny matrices gain nothing from threads, and two test workers with two threads each wait for one another.
@@ -19,6 +20,14 @@ from eckart.portable.linear import share_basis_, weight_view
 from eckart.testing import tiny_models, tiny_tokenizer
 
 NEWER = Version(transformers.__version__) >= Version("5.23")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
+    """Halves of surrogates in what a test printed cannot go from a worker to its master, which would end both."""
+    report = yield
+    report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
+    return report
 
 
 @pytest.fixture(scope="session", autouse=True)

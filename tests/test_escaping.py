@@ -53,7 +53,7 @@ def shown(text):
 
 
 def test_lines_and_tables_take_text_as_data(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "500")
+    monkeypatch.setattr(terminal._out, "width", 500)  # read from the environment once, when it is made
     terminal.say(f"Checkpoint: {HOSTILE}")
     shown(capsys.readouterr().out)
     terminal.table("Title", ("head", "cell"), [("row", HOSTILE)])
@@ -68,6 +68,7 @@ def test_lines_and_tables_take_text_as_data(capsys, monkeypatch):
 def test_log_lines_are_one_line_each(capsys):
     logger = logging.getLogger("eckart")
     before = (logger.handlers, logger.level)
+    logger.propagate = False  # or pytest would keep the raw line, and hand half a surrogate from process to process
     try:
         for level in (None, logging.INFO):
             terminal.log_to_stderr(level)
@@ -78,11 +79,12 @@ def test_log_lines_are_one_line_each(capsys):
     finally:
         logger.handlers, level = before
         logger.setLevel(level)
+        logger.propagate = True
 
 
 def test_what_every_command_shows_is_escaped(capsys, monkeypatch):
     """Each function that shows something, with hostile text wherever it takes text."""
-    monkeypatch.setenv("COLUMNS", "2000")
+    monkeypatch.setattr(terminal._out, "width", 2000)
     protocol = dict.fromkeys(("length", "stride", "join", "bos", "mean", "dtype", "device", "harness"), HOSTILE)
     protocol |= {"documents": 1, "documents_in_all": 1}
     metric = {"value": 0.5, "stderr": 0.1}

@@ -96,6 +96,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "text.txt").write_text("Whatever lies in a folder is read with care. " * 60)
         text = eckart.Calibration("text.txt", windows=4, length=24)
         eckart.compress("dense", recipe="basis-sharing", keep=0.6, calibration=text, out="small")
+    path = folder / "small" / "provenance.json"  # without hashes, which would end all trials at once
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "files"}))
     return folder / "small"
 
 
@@ -389,7 +391,7 @@ def edit(path: Path, **changes: Any) -> None:
         ({"hidden_act": "none such"}, "no model can be read from it: "),
         ({"vocab_size": None}, "no model can be read from it: "),
         ({"rope_parameters": 3}, "no model can be read from it: "),
-        ({"model_type": ["llama"]}, "no model can be read from it: "),
+        ({"model_type": ["llama"]}, "model_type is .*, but it must be text or null"),
     ],
 )
 def test_a_configuration_that_cannot_be(changes: dict[str, Any], words: str, copy: Path) -> None:

@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from eckart.checkpoints import pretrained
 from eckart.errors import ModelError
+from eckart.support.escaping import plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +41,7 @@ def locate(model: str) -> str | Path:
     if (folder / ADAPTER).is_file():
         kind = str(pretrained.read_json(folder / ADAPTER, ModelError).get("peft_type") or "PEFT")
         raise ModelError(
-            f"{model}: holds a {kind} adapter ({ADAPTER}): merge it first, with peft's "
+            f"{plain(model, 1000)}: holds a {plain(kind, 50)} adapter ({ADAPTER}): merge it first, with peft's "
             f"AutoPeftModelForCausalLM.from_pretrained({model!r}).merge_and_unload().save_pretrained(DIR) and its "
             "tokenizer saved there too, then compress DIR."
         )
@@ -57,8 +58,9 @@ def check_source(source: str | Path, config: Mapping[str, Any]) -> None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
         _refuse_quantised(source, str(method or "compressed-tensors"), config)
     if config.get("is_encoder_decoder") and not _is_causal(config):
+        name = _architecture(config) or plain(config.get("model_type"))
         raise ModelError(
-            f"{source}: is an encoder and a decoder ({_architecture(config) or config.get('model_type')}), which take "
+            f"{plain(source, 1000)}: is an encoder and a decoder ({name}), which take "
             "two texts; eckart compresses decoders that run on token ids alone."
         )
     if isinstance(source, Path):
@@ -120,8 +122,8 @@ def check_unused(source: str | Path, model: "PreTrainedModel", unused: Sequence[
     if strange:
         more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
         raise ModelError(
-            f"{source}: {strange[0]}{more} in the weight files {'are' if more else 'is'} no part of "
-            f"{type(model).__name__}, so what would be compressed is not the model that was saved; load it with the "
+            f"{plain(source, 1000)}: {plain(strange[0])}{more} in the weight files {'are' if more else 'is'} no part "
+            f"of {type(model).__name__}, so what would be compressed is not the model that was saved; load it with the "
             "class that it was saved by, and pass that to eckart.compress."
         )
     return list(unused)
@@ -129,10 +131,10 @@ def check_unused(source: str | Path, model: "PreTrainedModel", unused: Sequence[
 
 def _refuse_quantised(source: object, how: str, config: Mapping[str, Any]) -> None:
     base = config.get("base_model") or config.get("_name_or_path")
-    original = f", {base}" if isinstance(base, str) and base and base != str(source) else ""
+    original = f", {plain(base)}" if isinstance(base, str) and base and base != str(source) else ""
     raise ModelError(
-        f"{source}: is quantised already ({how}), so its weights are codes; compress the original model{original}, and "
-        "quantise afterwards."
+        f"{plain(source, 1000)}: is quantised already ({plain(how)}), so its weights are codes; compress the original "
+        f"model{original}, and quantise afterwards."
     )
 
 
@@ -156,7 +158,7 @@ def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _architecture(config: Mapping[str, Any]) -> str:
     names = config.get("architectures")
-    return str(names[0]) if isinstance(names, list) and names else ""
+    return plain(names[0], 100) if isinstance(names, list) and names else ""
 
 
 def _is_causal(config: Mapping[str, Any]) -> bool:

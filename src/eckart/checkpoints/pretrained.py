@@ -162,6 +162,7 @@ MOST_LAYERS = 10_000  # no model has as many, and with more transformers builds 
 class _Config(msgspec.Struct):
     """What we look at in a model's configuration; the rest is for transformers to judge."""
 
+    model_type: str | None = None
     architectures: list[str] | None = None
     quantization_config: dict[str, Any] | None = None
 
