@@ -98,6 +98,8 @@ def compress(
         book = compression.ledger.to_dict()
         print_json({"out": str(out), "ledger": book, "seconds": compression.seconds, **compression.provenance})
         return
+    if (text := compression.provenance["calibration"]) is not None:
+        terminal.show_text(text)
     terminal.show_ledger(compression.ledger)
     if "kl" in compression.provenance:
         terminal.show_kl(compression.provenance["kl"])

@@ -172,6 +172,13 @@ def show_kl(kl: dict[str, Any]) -> None:
     )
 
 
+def show_text(recipe: dict[str, Any]) -> None:
+    """What was calibrated on: every source, its column if it is a table, and how that became text."""
+    for part in recipe["parts"]:
+        column = f", column {part['column']!r} by {part['rendering']}" if part["column"] else ""
+        say(f"Text: {part['source']}{column}; {part['windows']} x {recipe['length']} tokens, {part['reading']}.")
+
+
 def show_drift(drift: dict[str, Any]) -> None:
     """Whether the calibration was long enough: how far the metric still moved."""
     say(

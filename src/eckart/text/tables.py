@@ -73,7 +73,12 @@ def open_table(name: str, rows: Rows, asked: str, naming: str, tokenizer: Any) -
     kind = kind_of_column(column, head)
     kind = _first_kind(rows, column) if kind == "nothing" else kind
     rendering = chat.rendering_of(tokenizer) if kind == "chat" else "text"
-    log.info("%s: the text is column %r, %s", name, column, "as it is" if rendering == "text" else f"by {rendering}")
+    how = "as it is" if rendering == "text" else f"by {rendering}"
+    # A choice that nobody made is said aloud: hours of calibration rest on it.
+    log.log(
+        logging.INFO if asked or column == "text" else logging.WARNING,
+        "%s: the text is column %r, %s", name, column, how,
+    )  # fmt: skip
     if rendering == chat.BY_ROLES:
         log.warning("%s: the tokenizer has no chat template, so chats become roles and text", name)
     return Table(name, rows, column, rendering, tokenizer)
