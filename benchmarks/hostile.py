@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
@@ -479,6 +480,9 @@ def main() -> None:
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         parser.error(f"{unknown[0]!r} is none of {', '.join(KINDS)}")
     os.environ.setdefault("ECKART_CACHE", tempfile.mkdtemp(prefix="eckart-hostile-cache-"))
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)  # a child may not use the threads of its parent
     report = read_report(out)
     with tempfile.TemporaryDirectory(prefix="eckart-hostile-") as folder:

@@ -21,6 +21,8 @@ from eckart._cli.options import (
     MeasureWindows,
     Results,
     Seed,
+    Tokenizer,
+    TrustRemoteCode,
     unescape,
 )
 
@@ -39,6 +41,8 @@ def compare(
     mean: Mean = "token",
     device: Device = "cpu",
     dtype: ComputeDtype = "auto",
+    tokenizer: Tokenizer = None,
+    trust_remote_code: TrustRemoteCode = False,
     out: Annotated[Path | None, typer.Option(help="Write a page with the table and the plots, too (.html).")] = None,
     as_json: Json = False,
 ) -> None:
@@ -62,6 +66,8 @@ def compare(
             mean=mean,  # type: ignore[arg-type]  # checked there, with a better message
             device=device,
             dtype=dtype,
+            tokenizer=tokenizer,
+            trust_remote_code=trust_remote_code,
             out=out,
             progress=progress,
         )

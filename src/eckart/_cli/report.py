@@ -21,6 +21,8 @@ from eckart._cli.options import (
     MeasureWindows,
     Results,
     Seed,
+    Tokenizer,
+    TrustRemoteCode,
     unescape,
 )
 
@@ -41,6 +43,8 @@ def report(
     mean: Mean = "token",
     device: Device = "cpu",
     dtype: ComputeDtype = "auto",
+    tokenizer: Tokenizer = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Write one self-contained HTML page about a checkpoint: ledger, ranks, spectra, losses, samples, speed.
@@ -65,6 +69,8 @@ def report(
             mean=mean,  # type: ignore[arg-type]  # checked there, with a better message
             device=device,
             dtype=dtype,
+            tokenizer=tokenizer,
+            trust_remote_code=trust_remote_code,
             progress=progress,
         )
     if as_json:

@@ -268,8 +268,8 @@ def show_verification(found: "Verification") -> None:
     rows = [(file.file, file.state) for file in found.files if file.state != "as saved"]
     if rows:
         table("Files", ("file", "state"), rows, justify="left")
-    what = "recorded as they are" if found.accepted else "as saved" if found.whole else "not what was saved"
-    say(f"{found.folder}: {len(found.files)} files, {what}.")
+    if found.whole:
+        say(f"{found.folder}: {len(found.files)} files, {'recorded as they are' if found.accepted else 'as saved'}.")
 
 
 def show_comparison(comparison: dict[str, Any]) -> None:

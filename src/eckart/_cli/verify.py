@@ -9,6 +9,7 @@ import eckart
 from eckart._cli import terminal
 from eckart._cli.app import app, print_json
 from eckart._cli.options import Json
+from eckart.errors import CheckpointError
 
 
 @app.command()
@@ -29,4 +30,9 @@ def verify(
     else:
         terminal.show_verification(found)
     if not found.whole:
-        raise typer.Exit(2)
+        wrong = [file.file for file in found.files if file.state in ("changed", "missing")]
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise CheckpointError(
+            f"{folder}: {wrong[0]}{more} of {len(found.files)} files not as saved; copy or download again, or, if you "
+            f"trained or edited it on purpose: eckart verify {folder} --accept"
+        )

@@ -20,15 +20,18 @@ def write(
     new_tokens: int = NEW_TOKENS,
     device: str = "cpu",
     dtype: str = "auto",
+    tokenizer: str | None = None,
+    trust_remote_code: bool = False,
 ) -> list[str]:
     """The greedy continuation of each prompt, at most `new_tokens` tokens long, by the model of a name or folder."""
-    loaded, tokenizer = checkpoint.load_model(str(model), device=device), checkpoint.load_tokenizer(model)
+    loaded = checkpoint.load_model(str(model), device=device, trust_remote_code=trust_remote_code)
+    reader = checkpoint.load_tokenizer(tokenizer or model, trust_remote_code)
     dtypes.compute_in_(loaded, dtype)
     texts = []
     for prompt in prompts:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(loaded.device)
+        ids = reader(prompt, return_tensors="pt")["input_ids"].to(loaded.device)
         output = loaded.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, use_cache=True
         )
-        texts.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+        texts.append(reader.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
     return texts

@@ -28,6 +28,8 @@ def compare(
     against: str | None = None,
     data_specs: Sequence[str] = (),
     out: str | Path | None = None,
+    tokenizer: str | None = None,
+    trust_remote_code: bool = False,
     progress: Progress = silent,
     **options: Unpack[ProtocolOptions],
 ) -> dict[str, Any]:
@@ -48,7 +50,8 @@ def compare(
             raise OptionError(f"{path}: is about {plain(result['model'])}, which is none of the models compared.")
     if data_specs:
         measure = partial(evaluate, against=against, data_specs=data_specs, progress=progress, **options)
-        measurements += [measure(folder) for folder in folders]
+        names: dict[str, Any] = {"tokenizer": tokenizer, "trust_remote_code": trust_remote_code}
+        measurements += [measure(folder, **names) for folder in folders]
     rows = [_row(folder, measurements) for folder in folders]
     check_protocols(rows)
     for plot, cost in (("size", _bytes), ("speed", _slowness)):

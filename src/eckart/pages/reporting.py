@@ -27,6 +27,8 @@ def report(
     against: str | None = None,
     data_specs: Sequence[str] = (),
     prompts: Sequence[str] = (),
+    tokenizer: str | None = None,
+    trust_remote_code: bool = False,
     progress: Progress = silent,
     **options: Unpack[ProtocolOptions],
 ) -> dict[str, Any]:
@@ -36,7 +38,7 @@ def report(
     plain data as `evaluate` and `bench` return it.
     With `data_specs` its perplexity is measured as `evaluate` does (`options` are those of the protocol), beside the
     dense model's with `against`; with `against` or `prompts` the models write samples. Without any of these no weight
-    is read.
+    is read. `tokenizer` and `trust_remote_code` are those of `evaluate`.
     Raises `UserError` for a folder or a file that is not what it should be, or results about another model.
     """
     facts = gather(folder)
@@ -51,24 +53,32 @@ def report(
             raise OptionError(
                 f"{name}: is about {plain(result['model'])}, not about {folder}; give results of this model."
             )
+    names: dict[str, Any] = {"tokenizer": tokenizer, "trust_remote_code": trust_remote_code}
     if data_specs:
-        measurements.append(evaluate(folder, against=against, data_specs=data_specs, progress=progress, **options))
+        measure = partial(evaluate, folder, against=against, data_specs=data_specs, progress=progress)
+        measurements.append(measure(**names, **options))
+    wanted = bool(against or prompts)
     facts |= {
         "evaluations": [result for result in measurements if result["format"] == stored.EVAL],
         "benches": [result for result in measurements if result["format"] == stored.BENCH],
-        "samples": _samples(folder, against, prompts, Protocol(**options), progress) if against or prompts else None,
+        "samples": _samples(folder, against, prompts, names, Protocol(**options), progress) if wanted else None,
     }
     write_text(path, page(facts))
     return {"format": "eckart-report", "version": 1, "page": str(path), **facts}
 
 
 def _samples(
-    folder: str | Path, against: str | None, prompts: Sequence[str], protocol: Protocol, progress: Progress
+    folder: str | Path,
+    against: str | None,
+    prompts: Sequence[str],
+    names: Mapping[str, Any],
+    protocol: Protocol,
+    progress: Progress,
 ) -> dict[str, Any]:
     """What the models write after each prompt."""
     prompts = list(prompts) or list(samples.PROMPTS)
     progress("sample", 0, 2)
-    write = partial(samples.write, prompts=prompts, device=protocol.device, dtype=protocol.dtype)
+    write = partial(samples.write, prompts=prompts, device=protocol.device, dtype=protocol.dtype, **names)
     dense: Sequence[str | None] = [None] * len(prompts) if against is None else write(against)
     progress("sample", 1, 2)
     compressed = write(folder)
