@@ -345,3 +345,10 @@ def test_files_that_were_damaged(tmp_path, name):
             assert len(said.splitlines()) <= 1
             outcomes["refused" if said else "read"] += 1
     assert min(outcomes.values()) > 5
+
+
+def test_a_tokenizer_that_fails_is_told_in_one_line():
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = "x"  # as an edited tokenizer_config.json may say
+    with pytest.raises(DataError, match=r"the tokenizer \(\w+\) fails on the text: .*its files may be damaged"):
+        load_windows("python-docs", tokenizer, windows=1, length=16)

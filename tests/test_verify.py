@@ -149,3 +149,10 @@ def test_a_wish_is_no_configuration(folder: Path) -> None:
         transformers.AutoModelForCausalLM.from_pretrained(
             folder / "dense", quantization_config=EckartConfig(verify=True)
         )
+
+
+def test_a_tokenizer_that_was_edited_is_refused_before_it_reads(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(path.read_text().replace('"pad_token": "<pad>"', '"pad_token": "<s>"'))
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: is not what was saved"):
+        checkpoint.load_tokenizer(folder)

@@ -206,6 +206,8 @@ def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> "PreTr
 
     folder = Path(model).expanduser()
     source = folder if folder.is_dir() else pretrained.locate(str(model))  # a tokenizer may have a folder of its own
+    if (folder / PROVENANCE).is_file():
+        fingerprints.check_tokenizer(folder, read_provenance(folder).get("files") or {})
     with pretrained.quiet(), pretrained.unreadable(source, ModelError, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
             str(source), local_files_only=pretrained.offline(source), trust_remote_code=trust_remote_code

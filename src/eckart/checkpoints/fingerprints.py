@@ -64,6 +64,12 @@ def check_shown(folder: Path, recorded: Mapping[str, Any]) -> None:
     _refuse_changed(folder, [row for row in compare(folder, shown) if row.file in shown])
 
 
+def check_tokenizer(folder: Path, recorded: Mapping[str, Any]) -> None:
+    """The same for the files of the tokenizer, which are read before the model."""
+    shown = {name: recorded[name] for name in recorded if name.startswith(("tokenizer", "special_tokens", "chat_"))}
+    _refuse_changed(folder, [row for row in compare(folder, shown) if row.file in shown])
+
+
 def _refuse_changed(folder: Path, rows: Sequence[FileState]) -> None:
     for row in rows:
         if row.state == "changed":

@@ -141,7 +141,7 @@ def weight_files(folder: Path, kind: type[UserError]) -> list[Path]:
             with safe_open(path, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise kind(f"{path}: is damaged ({error}); copy or download it again.") from None
+            raise kind(f"{plain(path, 1000)}: is damaged ({plain(error)}); copy or download it again.") from None
     return [folder / name for name in names]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from eckart.errors import DataError
+from eckart.support.escaping import plain
 from eckart.text.sources import Source
 
 AMPLE = 32  # characters read per token needed; a token of prose is 4 to 5 of them
@@ -104,7 +105,13 @@ def tokenise(name: str, text: str, how: Reading) -> Tensor:
 
 def _encode(tokenizer: Any, text: str, special: bool) -> list[int]:
     # verbose=False: a whole corpus is longer than the model's positions on purpose, so no warning about that
-    ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    try:
+        ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    except Exception as error:  # what its library raises, which has no errors of its own
+        name = type(tokenizer).__name__
+        raise DataError(
+            f"the tokenizer ({name}) fails on the text: {plain(error)}; its files may be damaged."
+        ) from None
     return ids
 
 
