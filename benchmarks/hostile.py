@@ -386,8 +386,7 @@ class Undisturbed:
         self.bytes: dict[str, dict[str, bytes]] = {}
         self.seconds: dict[str, float] = {}
         for recipe in RESUMABLE:
-            here = ground.folder / f"undisturbed-{len(self.bytes)}"
-            here.mkdir()
+            here = Path(tempfile.mkdtemp(prefix="undisturbed-", dir=ground.folder))
             start = time.monotonic()
             outcome = in_child(lambda here=here, recipe=recipe: compressed(here, command_of(recipe, "../w", "out")))
             if outcome not in ("same",) and not outcome.startswith("left: ['w"):

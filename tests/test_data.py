@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from eckart.errors import DataError, NumericalError, OptionError
 from eckart.text.data import AMPLE, SourceSpec, hash_tokens, load_windows, parse_spec, share_windows
-from eckart.text.fit import check_length
+from eckart.text.fit import check_positions
 
 BOS, EOS = 100, 101
 
@@ -426,9 +426,9 @@ def test_a_bos_that_the_tokenizer_lacks(notes):
 
 def test_windows_longer_than_the_model_knows(tokenizer, notes):
     made = load_windows(str(notes), tokenizer, windows=1, length=10)
-    check_length(made, tiny_model(max_position_embeddings=10))
+    check_positions(made.recipe.length, tiny_model(max_position_embeddings=10))
     with pytest.raises(DataError, match="windows have 10 tokens, but the model knows 9 positions; give --length 9"):
-        check_length(made, tiny_model(max_position_embeddings=9))
+        check_positions(made.recipe.length, tiny_model(max_position_embeddings=9))
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,7 @@ def refused(error, text, model, default, **arguments):
 
 def test_bad_input(folder, calibration, tmp_path, text):
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "few.txt").write_text("a few words")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
     name = "model.layers.0.mlp.up_proj"
@@ -190,7 +191,7 @@ def test_bad_input(folder, calibration, tmp_path, text):
         (OutputError, "exists and is not empty", {"out": tmp_path / "full"}),
         (DataError, "empty", {"calibration": text_of(str(tmp_path / "empty.txt"))}),
         (DataError, "windows", {"calibration": eckart.Calibration(data=text, windows=10_000, length=24)}),
-        (DataError, "one window", {"calibration": eckart.Calibration(data=text, windows=1, length=60_000)}),
+        (DataError, "one window", {"calibration": text_of(str(tmp_path / "few.txt"))}),
         (DataError, "no such", {"calibration": text_of(str(tmp_path / "none.txt"))}),
         (DataError, "65", {"calibration": too_long}),
         (OptionError, "unknown recipe", {"recipe": "svd-lm"}),

@@ -11,8 +11,9 @@ from eckart import recipes
 from eckart.checkpoints.provenance import compress_command
 from eckart.planning import preflight
 from eckart.planning.goals import Goal
-from eckart.planning.loaded import Loaded, Text, load
+from eckart.planning.loaded import Loaded
 from eckart.planning.planner import decompose_for, make_plan, take_plan
+from eckart.planning.prepare import ModelSpec, prepare
 from eckart.plans.plan import Plan
 from eckart.progress import Progress, Stages, silent
 from eckart.recipes import Recipe
@@ -77,12 +78,11 @@ def compress(
     with ExitStack() as held:
         output = None if out is None else held.enter_context(OutputFolder(out))
         scratch = held.enter_context(opened(folder, output))
-        loaded = load(
-            model, tokenizer, include=include, exclude=exclude, device=device, dtype=dtype,
-            trust_remote_code=trust_remote_code, stages=stages,
+        chosen = ModelSpec(model, tokenizer, tuple(include), tuple(exclude), device, dtype, trust_remote_code)
+        loaded, text = prepare(
+            chosen, calibration or Calibration(), full_recipe, goal, stages,
+            plan=saved_plan, output=output, rank_multiple=rank_multiple,
         )  # fmt: skip
-        text = Text(calibration or Calibration(), loaded, stages)
-        preflight.check_run(loaded, text, full_recipe, goal, saved_plan, output)
         with _spill(scratch, output, loaded) as spill:
             if saved_plan is None:
                 planned = make_plan(
@@ -142,12 +142,10 @@ def plan(
     full_recipe = find_recipe(recipe, options, storage)
     preflight.check_request(full_recipe, goal, device, dtype)
     with opened(folder) as spill:
-        loaded = load(
-            model, tokenizer, include=include, exclude=exclude, device=device, dtype=dtype,
-            trust_remote_code=trust_remote_code, stages=stages,
-        )  # fmt: skip
-        text = Text(calibration or Calibration(), loaded, stages)
-        preflight.check_run(loaded, text, full_recipe, goal)
+        chosen = ModelSpec(model, tokenizer, tuple(include), tuple(exclude), device, dtype, trust_remote_code)
+        loaded, text = prepare(
+            chosen, calibration or Calibration(), full_recipe, goal, stages, rank_multiple=rank_multiple
+        )
         planned = make_plan(
             loaded, text, full_recipe, goal, rank_multiple=rank_multiple, work=folder, spill=spill, stages=stages
         )
@@ -170,12 +168,10 @@ def spectra(
 ) -> list[Spectrum]:
     """The spectrum of every group in the metric of the recipe, before any rank is chosen; no weight is touched."""
     stages, full_recipe = Stages(progress), find_recipe(recipe, options)
-    loaded = load(
-        model, tokenizer, include=include, exclude=exclude, device=device, dtype=dtype,
-        trust_remote_code=trust_remote_code, stages=stages,
-    )  # fmt: skip
+    preflight.check_request(full_recipe, Goal(keep=1.0), device, dtype)
+    chosen = ModelSpec(model, tokenizer, tuple(include), tuple(exclude), device, dtype, trust_remote_code)
+    loaded, text = prepare(chosen, calibration or Calibration(), full_recipe, Goal(keep=1.0), stages)
     groups = full_recipe.make_grouping().groups(loaded.layout.targets)
-    text = Text(calibration or Calibration(), loaded, stages)
     return decompose_for(loaded, text, full_recipe, groups, stages=stages).spectra
 
 

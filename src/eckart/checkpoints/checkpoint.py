@@ -7,7 +7,7 @@ or that does not fit, is an error here, where transformers would warn and draw i
 import logging
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,14 +80,17 @@ def save(
             (partial / card.NAME).write_text(card.card(record, plan), encoding="utf-8")
 
 
-def try_saving(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", scratch: Path) -> None:
+def try_saving(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", scratch: Path, source: str | None = None
+) -> None:
     """Save what `save` saves beside weights and plan into an empty folder: what cannot be saved is told now.
 
-    Raises `ModelError` with what transformers says, for a generation config or a tokenizer that it refuses to write.
+    `source` is where the model will be read from, if `model` is its structure alone. Raises `ModelError` with what
+    transformers says, for a generation config or a tokenizer that it refuses to write.
     """
     whats: list[tuple[str, Any]] = [("configuration", model.config), ("tokenizer", tokenizer)]
-    if getattr(model, "generation_config", None) is not None:
-        whats.insert(1, ("generation configuration", model.generation_config))
+    if (generation := _generation_config(model, source)) is not None:
+        whats.insert(1, ("generation configuration", generation))
     for what, part in whats:
         try:
             with pretrained.quiet():
@@ -97,6 +100,18 @@ def try_saving(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", s
         except Exception as error:  # transformers validates with errors of many classes
             reason = textwrap.shorten(str(error), 300, placeholder=" ...")
             raise ModelError(f"{type(model).__name__}: its {what} cannot be saved: {reason}") from None
+
+
+def _generation_config(model: "PreTrainedModel", source: str | None) -> Any:
+    """How a model generates: by its own file, if it is read from somewhere that has one."""
+    from transformers import GenerationConfig
+
+    if source is not None:
+        with suppress(OSError), pretrained.quiet():  # none there; whether it can be read is seen with the model
+            return GenerationConfig.from_pretrained(
+                source, local_files_only=pretrained.offline(admission.locate(source))
+            )
+    return getattr(model, "generation_config", None)
 
 
 def load(

@@ -2,18 +2,28 @@
 
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from eckart import ledger
 from eckart.checkpoints import checkpoint
 from eckart.errors import BudgetError, OptionError
 from eckart.factorizers.base import Factorizer
+from eckart.model.discovery import Layout
 from eckart.model.walk import predicts_tokens
 from eckart.planning.goals import Goal, header_bytes
-from eckart.planning.loaded import Loaded, Text
+from eckart.planning.loaded import Loaded, Outline, Text, fetch
 from eckart.plans import Plan, resolve
 from eckart.recipes import Recipe
 from eckart.support import dtypes, files
 from eckart.support.devices import check_device
 from eckart.support.files import OutputFolder
+from eckart.text.calibration import Calibration
+from eckart.text.data import Windows
+from eckart.text.fit import check_fit, check_positions
+from eckart.text.specs import parse_spec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def check_request(recipe: Recipe, goal: Goal, device: str, dtype: str) -> None:
@@ -33,54 +43,80 @@ def check_request(recipe: Recipe, goal: Goal, device: str, dtype: str) -> None:
         )
 
 
-def check_run(
-    loaded: Loaded,
-    text: Text,
+def check_outline(
+    outline: Outline,
+    calibration: Calibration,
     recipe: Recipe,
     goal: Goal,
-    plan: Plan | None = None,
-    output: OutputFolder | None = None,
-) -> None:
-    """Once the model is read: what the recipe needs of it, a saved plan, the goal, whether it can be saved, the text.
+    plan: Plan | None,
+    output: OutputFolder | None,
+    dtype: str,
+    rank_multiple: int,
+) -> Windows | None:
+    """Before weights are read: what the recipe needs of the model, a saved plan, the goal, what can be saved, the text.
+
+    Returns the windows of the text, None if no text is needed, or the model is to write it. Raises the `UserError` that
+    says what is wrong.
+    """
+    model, layout = outline.structure, outline.layout
+    if model is None or layout is None:
+        return None
+    if (part := recipe.needs_predictions()) and not predicts_tokens(model):
+        raise OptionError(
+            f"{part} needs the logits of a next token, which {type(model).__name__} does not give; "
+            "take a recipe that looks at inputs alone, such as svd-llm."
+        )
+    if plan is not None:
+        resolve(plan, layout.targets)
+    elif goal.keep is not None:
+        groups = recipe.make_grouping().groups(layout.targets)
+        ledger.check_reachable(groups, goal.keep, rank_multiple, recipe.storage)
+    elif goal.size is not None:
+        _check_size(model, layout, goal.size, _least_itemsize(outline, dtype))
+    with tempfile.TemporaryDirectory(prefix="eckart-", dir=None if output is None else output.partial) as folder:
+        checkpoint.try_saving(model, outline.tokenizer, Path(folder), source=outline.source)
+    if not recipe.reads_text():
+        return None
+    check_positions(calibration.length, model)
+    if any(source.kind == "self" for source in parse_spec(calibration.data)):
+        return None
+    windows = fetch(calibration, outline.tokenizer)
+    check_fit(windows, model)
+    return windows
+
+
+def check_run(loaded: Loaded, text: Text, recipe: Recipe, goal: Goal, output: OutputFolder | None = None) -> None:
+    """Once the model is read: the range of what is stored as it is, the disk, and that the walk is the model's own.
 
     Raises the `UserError` that says what is wrong.
     """
-    if (part := recipe.needs_predictions()) and not predicts_tokens(loaded.model):
-        raise OptionError(
-            f"{part} needs the logits of a next token, which {type(loaded.model).__name__} does not give; "
-            "take a recipe that looks at inputs alone, such as svd-llm."
-        )
-    _check_range(loaded)
-    if plan is not None:
-        resolve(plan, loaded.layout.targets)
-    elif goal.size is not None:
-        _check_size(loaded, goal.size)
+    targets = {f"{target.name}.weight" for target in loaded.layout.targets}
+    for name, parameter in loaded.model.named_parameters():
+        if name not in targets:  # factors are looked at when they are made
+            dtypes.check_range(name, parameter.data, loaded.stored_dtype)
     if output is not None:
-        files.check_space(output, _least_bytes(loaded, goal))
-    with tempfile.TemporaryDirectory(prefix="eckart-", dir=None if output is None else output.partial) as folder:
-        checkpoint.try_saving(loaded.model, loaded.tokenizer, Path(folder))
+        least = _least_parameters(loaded.layout, goal.keep or 0) * loaded.stored_dtype.itemsize
+        files.check_space(output, least)
     if recipe.reads_text():
         text.read()
 
 
-def _least_bytes(loaded: Loaded, goal: Goal) -> int:
-    """What the weight files will take at least."""
-    layout = loaded.layout
-    kept = layout.parameters - (1 - (goal.keep or 0)) * layout.target_parameters
-    return int(kept * loaded.stored_dtype.itemsize)
+def _least_parameters(layout: Layout, keep: float) -> int:
+    return int(layout.parameters - (1 - keep) * layout.target_parameters)
 
 
-def _check_size(loaded: Loaded, size: int) -> None:
-    rest = _least_bytes(loaded, Goal(keep=0.0)) + header_bytes(loaded.model.state_dict(), loaded.layout.targets)
+def _least_itemsize(outline: Outline, dtype: str) -> int:
+    """Bytes of a stored number, as far as is known before weights are read: at least one."""
+    stored = dtypes.named(dtype)
+    if stored is None and outline.structure is not None:
+        model = outline.structure
+        stored = model.dtype if outline.source is None else getattr(model.config, "dtype", None)
+    return getattr(stored, "itemsize", 1)
+
+
+def _check_size(model: "PreTrainedModel", layout: Layout, size: int, itemsize: int) -> None:
+    rest = _least_parameters(layout, 0) * itemsize + header_bytes(model.state_dict(), layout.targets)
     if size <= rest:
         raise BudgetError(
             f"size is {size} bytes, but what is never compressed (embeddings, norms, head) takes {rest}; ask for more."
         )
-
-
-def _check_range(loaded: Loaded) -> None:
-    """What is stored as it is fits the stored dtype; factors are looked at when they are made."""
-    targets = {f"{target.name}.weight" for target in loaded.layout.targets}
-    for name, parameter in loaded.model.named_parameters():
-        if name not in targets:
-            dtypes.check_range(name, parameter.data, loaded.stored_dtype)

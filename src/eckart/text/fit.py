@@ -8,7 +8,7 @@ from eckart.text.data import Windows
 
 def check_fit(windows: Windows, model: Any) -> None:
     """Raise `DataError` for windows that are too long for the model, or hold tokens beyond its embedding."""
-    check_length(windows, model)
+    check_positions(windows.recipe.length, model)
     known = len(model.get_input_embeddings().weight)
     largest = int(windows.ids.max())
     if largest >= known:
@@ -19,11 +19,10 @@ def check_fit(windows: Windows, model: Any) -> None:
         )
 
 
-def check_length(windows: Windows, model: Any) -> None:
-    """Raise `DataError` when the windows are longer than the positions that the model knows."""
+def check_positions(length: int, model: Any) -> None:
+    """Raise `DataError` when windows of `length` tokens are longer than the positions that the model knows."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < windows.recipe.length:
+    if isinstance(limit, int) and 0 < limit < length:
         raise DataError(
-            f"windows have {windows.recipe.length} tokens, but the model knows {limit} positions; "
-            f"give --length {limit} or less."
+            f"windows have {length} tokens, but the model knows {limit} positions; give --length {limit} or less."
         )
