@@ -229,3 +229,25 @@ def test_two_processes_split_a_model(make: Make, folder: Path, tmp_path: Path) -
     assert len(said) == 2
     assert "layers.0." in said[0]
     assert "cannot be split by 'colwise'; only 'pair' can" in said[0]
+
+
+def test_lora_without_peft_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft.tuners.lora.layer", None)
+    with pytest.raises(UserError, match=r"^LoRA on factorised layers needs PEFT: pip install peft\.$"):
+        adapters.lora(object())  # type: ignore[arg-type]
+
+
+@needs_parallel
+def test_a_layer_that_devices_cannot_share_is_named(tmp_path: Path) -> None:
+    from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
+
+    checkpoint.save(mixed("llama"), tmp_path / "saved")
+    model = AUTO.from_pretrained(tmp_path / "saved")
+    style = ALL_PARALLEL_STYLES["eckart_colwise"]
+    for name, module in model.named_modules():
+        if is_factorized(module) and not module.divisible:
+            with pytest.raises(
+                ValueError, match=rf"^{name}: a layer of storage '(pivoted|columns)' cannot be split by"
+            ) as e:
+                style.shard_param(module, "weight", None)
+            assert str(e.value).isprintable()

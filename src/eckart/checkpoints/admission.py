@@ -37,15 +37,23 @@ HARMLESS = re.compile(
 
 def locate(model: str) -> str | Path:
     """A folder that holds a model, or a hub id as it is. Raises `ModelError` for an adapter, alone or beside one."""
-    folder = Path(model).expanduser()
-    if (folder / ADAPTER).is_file():
-        kind = str(pretrained.read_json(folder / ADAPTER, ModelError).get("peft_type") or "PEFT")
+    if (adapter := _adapter(model)) is not None:
+        kind = str(pretrained.read_json(adapter, ModelError).get("peft_type") or "PEFT")
         raise ModelError(
             f"{plain(model, 1000)}: holds a {plain(kind, 50)} adapter ({ADAPTER}): merge it first, with peft's "
             f"AutoPeftModelForCausalLM.from_pretrained({model!r}).merge_and_unload().save_pretrained(DIR) and its "
             "tokenizer saved there too, then compress DIR."
         )
     return pretrained.locate(model)
+
+
+def _adapter(model: str) -> Path | None:
+    """The configuration of an adapter in the folder of this name, if there is one."""
+    try:
+        path = Path(model).expanduser() / ADAPTER
+        return path if path.is_file() else None
+    except (OSError, RuntimeError):  # a name too long, ~ of a user who is not there: `pretrained.locate` says so
+        return None
 
 
 def check_source(source: str | Path, config: Mapping[str, Any]) -> None:
