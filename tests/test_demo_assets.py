@@ -250,6 +250,8 @@ def test_a_folder_of_that_name_that_is_not_the_model_stays(cache, registry, read
         (cache / FOLDER / "config.json").write_text("mine")
 
     monkeypatch.setattr(demo_assets, "_save_dense", save_late)
-    with pytest.raises(OutputError, match=rf"{FOLDER}: while this ran, config\.json came there; nothing was written\.$"):
+    with pytest.raises(
+        OutputError, match=rf"{FOLDER}: while this ran, config\.json came there; nothing was written\.$"
+    ):
         fetch_demo_model(cache)
     assert (cache / FOLDER / "config.json").read_text() == "mine"

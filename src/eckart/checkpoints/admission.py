@@ -3,6 +3,7 @@
 A model that is quantised already, an adapter, an encoder with its decoder, files that hold more than the model.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,7 +38,8 @@ HARMLESS = re.compile(
 
 def locate(model: str) -> str | Path:
     """A folder that holds a model, or a hub id as it is. Raises `ModelError` for an adapter, alone or beside one."""
-    if (adapter := _adapter(model)) is not None:
+    adapter = Path(os.path.expanduser(model)) / ADAPTER
+    if os.path.isfile(adapter):  # False for a name that no folder can have, of which `pretrained.locate` speaks
         kind = str(pretrained.read_json(adapter, ModelError).get("peft_type") or "PEFT")
         raise ModelError(
             f"{plain(model, 1000)}: holds a {plain(kind, 50)} adapter ({ADAPTER}): merge it first, with peft's "
@@ -45,15 +47,6 @@ def locate(model: str) -> str | Path:
             "tokenizer saved there too, then compress DIR."
         )
     return pretrained.locate(model)
-
-
-def _adapter(model: str) -> Path | None:
-    """The configuration of an adapter in the folder of this name, if there is one."""
-    try:
-        path = Path(model).expanduser() / ADAPTER
-        return path if path.is_file() else None
-    except (OSError, RuntimeError):  # a name too long, ~ of a user who is not there: `pretrained.locate` says so
-        return None
 
 
 def check_source(source: str | Path, config: Mapping[str, Any]) -> None:
