@@ -175,7 +175,7 @@ def test_a_bound_that_every_plan_misses_is_refused():
     spectra, entries = ten_blocks()
     plan = Plan(tuple(entries), {}, {"predicted_kl": 0.1, "keep": 0.5})
     with pytest.raises(
-        BudgetError, match=r"^max_kl is 0\.01, but no plan was found that measures at most that; ask for mo"
+        BudgetError, match=r"^max_kl is 0\.01, but no plan was found that measures at most that; ask for more\.$"
     ):
         corrected(
             Goal(max_kl=0.01), plan, lambda correction: plan, spectra, "cheap",

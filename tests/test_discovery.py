@@ -96,7 +96,7 @@ def test_a_nan_names_its_layer():
 
 def test_a_factorised_model_is_not_factorised_again(make):
     with pytest.raises(
-        ModelError, match=r"^model\.layers\.0\.self_attn\.q_proj: is factorised already; compress the orig"
+        ModelError, match=r"^model\.layers\.0\.self_attn\.q_proj: is factorised already; compress the original model"
     ):
         eckart.compress(make("llama"), tokenizer=tiny_tokenizer(), recipe="svd", keep=0.5)
 
@@ -107,6 +107,6 @@ def test_a_model_that_leaves_blocks_out_is_named(tmp_path):
     (tmp_path / "text.txt").write_text("the cat sat on a mat " * 100)
     text = eckart.Calibration(str(tmp_path / "text.txt"), windows=2, length=16)
     with pytest.raises(
-        ModelError, match=r"^LlamaForCausalLM: called 1 of its 2 blocks in one run; eckart needs every "
+        ModelError, match=r"^LlamaForCausalLM: called 1 of its 2 blocks in one run; eckart needs every block"
     ):
         eckart.compress(model, tokenizer=tiny_tokenizer(), recipe="svd-llm", keep=0.5, calibration=text)

@@ -194,6 +194,6 @@ def test_a_search_that_finds_nothing_finite_says_so():
         return 3.0 if all(entry.rank is None for entry in entries) else float("nan")
 
     with pytest.raises(
-        NumericalError, match=r"^error_search: no candidate has a finite loss; ask for a larger share, "
+        NumericalError, match=r"^error_search: no candidate has a finite loss; ask for a larger share, or check"
     ):
         ErrorSearch(candidates=3).search(spectra, Budget(0.6), probe)

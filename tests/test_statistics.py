@@ -68,6 +68,7 @@ def test_a_layer_that_shares_its_input_now_and_then_is_named():
     target, gram = Target("blocks.0.q", 0, "q", 4, 6, False), Gram(6)
     gram.add_(torch.ones(3, 6))
     with pytest.raises(
-        NumericalError, match=r"^blocks\.0\.q: shared its input tensor with other layers in some batches a"
+        NumericalError,
+        match=r"^blocks\.0\.q: shared its input tensor with other layers in some batches and not in others;",
     ):
         finish_inputs(target, Statistics(tokens=5, input_gram=gram), frozenset({Need.INPUT_GRAM}))

@@ -244,10 +244,10 @@ def test_a_layer_that_devices_cannot_share_is_named(tmp_path: Path) -> None:
     checkpoint.save(mixed("llama"), tmp_path / "saved")
     model = AUTO.from_pretrained(tmp_path / "saved")
     style = ALL_PARALLEL_STYLES["eckart_colwise"]
-    for name, module in model.named_modules():
-        if is_factorized(module) and not module.divisible:
-            with pytest.raises(
-                ValueError, match=rf"^{name}: a layer of storage '(pivoted|columns)' cannot be split by"
-            ) as e:
-                style.shard_param(module, "weight", None)
-            assert str(e.value).isprintable()
+    whole = {n: m for n, m in model.named_modules() if is_factorized(m) and not m.divisible}
+    assert {module.spec()["storage"] for module in whole.values()} == {"columns", "pivoted"}
+    for name, module in whole.items():
+        words = rf"^{name}: a layer of storage '(pivoted|columns)' cannot be split by 'colwise'; only 'pair' can, "
+        with pytest.raises(ValueError, match=words) as caught:
+            style.shard_param(module, "weight", None)
+        assert str(caught.value).isprintable()

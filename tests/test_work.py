@@ -339,6 +339,6 @@ def test_a_piece_that_cannot_be_written_is_of_the_output(tmp_path):
     shutil.rmtree(folder.folder, ignore_errors=True)
     folder.folder.write_text("a file in its place")
     with pytest.raises(
-        OutputError, match=r"piece\.safetensors: cannot be written: a file is in the way; name another pl"
+        OutputError, match=r"piece\.safetensors: cannot be written: a file is in the way; name another place\.$"
     ):
         folder.write("piece", {"x": torch.zeros(2)}, {})
