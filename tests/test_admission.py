@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import eckart
 from eckart.checkpoints import admission, checkpoint
-from eckart.errors import ModelError, OptionError
+from eckart.errors import ModelError, OptionError, OutputError
 from eckart.testing import tiny_model, tiny_models, tiny_tokenizer
 
 LLAMA = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
@@ -217,3 +218,51 @@ def test_a_checkpoint_beside_other_files_stays_one(dense: Path, tmp_path: Path) 
     with pytest.raises(ModelError, match="quantised already"):
         eckart.inspect(str(tmp_path / "q"))
     assert eckart.inspect(str(dense)).targets
+
+
+def test_a_model_that_is_spread_over_devices() -> None:
+    from torch import distributed
+    from torch.distributed.tensor import DTensor, init_device_mesh
+
+    model = tiny_models()["llama"]()
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh, norm = init_device_mesh("cpu", (1,)), model.model.norm
+        norm.weight = torch.nn.Parameter(DTensor.from_local(norm.weight.detach(), mesh))
+        with pytest.raises(
+            ModelError,
+            match=r": is spread over devices \(model\.norm\.weight is a DTensor\); pass the whole model\.$",
+        ):
+            eckart.compress(model, tokenizer=tiny_tokenizer(), recipe="svd", keep=0.5)
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_what_cannot_be_tried_because_of_the_disk_is_of_the_output(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        OutputError, match=r"file/scratch: cannot be written: a file is in the way; name another place\.$"
+    ):
+        checkpoint.try_saving(tiny_models()["llama"](), tiny_tokenizer(), tmp_path / "file" / "scratch")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("x" * 300, r"^x{300}: cannot be read: File name too long\.$"),
+        (
+            "~nobody_of_this_name/model",
+            r"^~nobody_of_this_name/model: no such folder: Could not determine home directory\.$",
+        ),
+    ],
+)
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="there is no folder of such a name, says newer Python")
+def test_a_name_that_no_folder_can_have(name: str, words: str) -> None:
+    with pytest.raises(ModelError, match=words) as caught:
+        eckart.inspect(name)
+    assert str(caught.value).isprintable()
+
+
+def test_a_model_in_memory_without_its_tokenizer() -> None:
+    with pytest.raises(OptionError, match=r"^a model in memory comes without its tokenizer; pass tokenizer=\.\.\.$"):
+        eckart.compress(tiny_models()["llama"](), recipe="svd", keep=0.5)

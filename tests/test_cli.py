@@ -312,3 +312,28 @@ def test_piped_output_has_no_control_characters(workspace, monkeypatch, capsys):
         said = capsys.readouterr()
         assert "\x1b" not in said.out + said.err
         assert said.err == ""
+
+
+def test_a_working_folder_that_is_gone(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run(monkeypatch, "methods") == 2
+    assert capsys.readouterr().err == "eckart: the working folder is gone; change to one that exists.\n"
+    monkeypatch.undo()
+
+
+def test_an_error_of_the_system_is_one_line_and_a_fault_of_ours_is_shown_whole(monkeypatch, capsys):
+    def fails(error):
+        def verify(*_, **__):
+            raise error
+
+        monkeypatch.setattr(eckart, "verify", verify)
+
+    fails(OSError(5, "Input/output error", "weights"))
+    assert run(monkeypatch, "verify", "x") == 1
+    assert capsys.readouterr().err == "eckart: weights: Input/output error. -vv says where.\n"
+    fails(ZeroDivisionError("a fault of ours"))
+    monkeypatch.setattr(sys, "argv", ["eckart", "verify", "x"])
+    with pytest.raises(ZeroDivisionError, match="a fault of ours"):
+        main()

@@ -7,9 +7,12 @@ import torch
 
 from eckart import ledger
 from eckart.checks import gram_of
+from eckart.errors import NumericalError, OptionError
 from eckart.factorizers.column_preserving import ColumnDecomposition, ColumnPreserving
+from eckart.factorizers.svd import SVD
 from eckart.maths.columns import Splits, column_scores, kept_for, positive_definite, split
 from eckart.maths.golden import golden_section
+from eckart.recipes import find
 from eckart.statistics.sums import GroupStatistics, Statistics
 from eckart.types import Entry, Group, Target
 
@@ -211,3 +214,16 @@ def test_a_gram_that_rounding_spoilt_still_serves() -> None:
     assert float((mended - gram).norm()) < 1e-4 * float(gram.norm())
     assert Splits(weight, mended, torch.arange(40), True).squared_error(3, 4) >= 0
     assert positive_definite(mended) is mended
+
+
+def test_a_gram_that_nothing_mends_is_named() -> None:
+    group = Group((Target("blocks.0.q", 0, "q", 4, 6, False),))
+    plain = SVD().decompose(group, [torch.eye(4, 6).double()], GroupStatistics((Statistics(),)))
+    made = ColumnDecomposition(ColumnPreserving(), plain, -torch.eye(6).double())
+    with pytest.raises(NumericalError, match=r"^blocks\.0\.q: its input Gram is not positive definite\.$"):
+        made.settle(Entry(("blocks.0.q",), 3))
+
+
+def test_an_acceptance_is_a_share() -> None:
+    with pytest.raises(OptionError, match=r"^column_preserving\.acceptance is 1, but must lie in \[0, 1\)\.$"):
+        find("svd-llm", {"factorizer": "column_preserving", "factorizer.acceptance": 1})

@@ -1,10 +1,18 @@
 """Every factorizer and allocator under the same checks, found by scanning the folders."""
 
+import sys
+from dataclasses import dataclass, replace
+from types import ModuleType
+
 import pytest
 
 from eckart import registry
+from eckart.allocators.base import Allocator
+from eckart.allocators.uniform import Uniform
+from eckart.checks import check_storage
 from eckart.errors import OptionError
 from eckart.recipes import BUILT_IN, find
+from eckart.storages.pair import PairStorage
 from eckart.testing import check_allocator, check_factorizer, check_refiner
 
 
@@ -80,3 +88,41 @@ def test_grouping_and_refiners_in_a_recipe_file(tmp_path):
     path.write_text('[factorizer]\nname = "svd_llm"\n[[refiners]]\nmin_removed = 0.1\n')
     with pytest.raises(OptionError, match=r"each \[\[refiners\]\] table needs a name"):
         find(str(path))
+
+
+def test_a_file_of_methods_without_its_method_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "eckart.allocators.uniform", ModuleType("eckart.allocators.uniform"))
+    with pytest.raises(
+        OptionError, match=r"^eckart/allocators/uniform\.py must define exactly one public method class\.$"
+    ):
+        registry.get("allocators", "uniform")
+
+
+@dataclass(frozen=True)
+class Generous(Allocator):
+    """Gives its least where what is asked cannot be met."""
+
+    def allocate(self, spectra, budget):
+        possible = 0.4 <= budget.keep <= 1
+        return Uniform().allocate(spectra, budget if possible else replace(budget, keep=0.4))
+
+
+def test_an_allocator_that_meets_the_impossible_breaks_the_contract():
+    with pytest.raises(AssertionError, match=r"^keep 0\.0 was not refused with BudgetError$"):
+        check_allocator(Generous())
+
+
+class Credulous(PairStorage):
+    """Takes any rank."""
+
+    name = "pair"
+
+    def empty(self, out_features, in_features, spec, *, bias, dtype):
+        known = type(spec["rank"]) is int and 1 <= spec["rank"] <= in_features
+        spec = spec if known else {**spec, "rank": 1}
+        return super().empty(out_features, in_features, spec, bias=bias, dtype=dtype)
+
+
+def test_a_storage_that_takes_any_rank_breaks_the_contract():
+    with pytest.raises(AssertionError, match=r"^an entry of rank 0 was not refused$"):
+        check_storage(Credulous())

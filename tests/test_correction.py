@@ -9,8 +9,10 @@ import eckart
 from eckart import recipes
 from eckart._cli import app
 from eckart.checkpoints import checkpoint
-from eckart.errors import OptionError
-from eckart.planning.correction import measure_correction
+from eckart.errors import BudgetError, OptionError
+from eckart.planning.correction import corrected, measure_correction
+from eckart.planning.goals import Goal
+from eckart.plans.plan import Plan
 from eckart.testing import tiny_models, tiny_tokenizer
 from eckart.text.data import load_windows
 from eckart.types import Entry, Group, Spectrum, Target
@@ -167,3 +169,15 @@ def test_the_command_line_prints_both(folder, tmp_path, capsys):
     assert f"KL from the dense model: {kl['measured']:.4f} nats per token measured" in said
     assert f"{kl['predicted']:.4f} predicted for the plan" in said
     assert "tokens that calibration did not see" in said
+
+
+def test_a_bound_that_every_plan_misses_is_refused():
+    spectra, entries = ten_blocks()
+    plan = Plan(tuple(entries), {}, {"predicted_kl": 0.1, "keep": 0.5})
+    with pytest.raises(
+        BudgetError, match=r"^max_kl is 0\.01, but no plan was found that measures at most that; ask for more\.$"
+    ):
+        corrected(
+            Goal(max_kl=0.01), plan, lambda correction: plan, spectra, "cheap",
+            truth(spectra, entries, lambda group: 1.0), lambda entries: 5.0,
+        )  # fmt: skip

@@ -601,3 +601,12 @@ def test_written_text_needs_a_sound_model_and_a_count(tokenizer):
     broken.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(NumericalError, match="self: the model's logits hold NaN or infinity"):
         load_windows("self", tokenizer, windows=2, length=4, model=broken)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_links_that_lead_nowhere(tokenizer, tmp_path, name):
+    path = tmp_path / name
+    path.symlink_to(path)
+    with pytest.raises(DataError, match=f"^{re.escape(str(path))}: ") as caught:
+        load_windows(str(path), tokenizer, windows=1, length=1)
+    assert str(caught.value).isprintable()

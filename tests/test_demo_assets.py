@@ -239,3 +239,19 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="file/cache: cannot be written: "):
         fetch_demo_model(tmp_path / "file" / "cache")
+
+
+def test_a_folder_of_that_name_that_is_not_the_model_stays(cache, registry, reader, monkeypatch):
+    save = demo_assets._save_dense
+
+    def save_late(gguf, folder):
+        save(gguf, folder)
+        (cache / FOLDER).mkdir()
+        (cache / FOLDER / "config.json").write_text("mine")
+
+    monkeypatch.setattr(demo_assets, "_save_dense", save_late)
+    with pytest.raises(
+        OutputError, match=rf"{FOLDER}: while this ran, config\.json came there; nothing was written\.$"
+    ):
+        fetch_demo_model(cache)
+    assert (cache / FOLDER / "config.json").read_text() == "mine"

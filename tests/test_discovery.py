@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+import eckart
 from eckart.errors import ModelError
 from eckart.model.discovery import check_finite, discover, skipped_by_reason
-from eckart.testing import tiny_models
+from eckart.testing import tiny_models, tiny_tokenizer
 
 KINDS = {
     "llama": {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -91,3 +92,21 @@ def test_a_nan_names_its_layer():
         model.model.layers[1].mlp.up_proj.weight[3, 2] = torch.nan
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj: 1 of 2048 weights are NaN"):
         check_finite(model, discover(model).targets)
+
+
+def test_a_factorised_model_is_not_factorised_again(make):
+    with pytest.raises(
+        ModelError, match=r"^model\.layers\.0\.self_attn\.q_proj: is factorised already; compress the original model"
+    ):
+        eckart.compress(make("llama"), tokenizer=tiny_tokenizer(), recipe="svd", keep=0.5)
+
+
+def test_a_model_that_leaves_blocks_out_is_named(tmp_path):
+    model = tiny_models()["llama"]()
+    model.config.num_hidden_layers = 1  # of the two that it has
+    (tmp_path / "text.txt").write_text("the cat sat on a mat " * 100)
+    text = eckart.Calibration(str(tmp_path / "text.txt"), windows=2, length=16)
+    with pytest.raises(
+        ModelError, match=r"^LlamaForCausalLM: called 1 of its 2 blocks in one run; eckart needs every block"
+    ):
+        eckart.compress(model, tokenizer=tiny_tokenizer(), recipe="svd-llm", keep=0.5, calibration=text)

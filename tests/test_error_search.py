@@ -185,3 +185,15 @@ def test_the_search_on_a_model_resumes_and_leaves_it_as_it_was(tmp_path):
     assert asked_again == 0
     assert bare.entries[0].details["search"]["loss"] <= bare.entries[0].details["search"]["loss_uniform"]
     assert bare.made_by["allocator"]["candidates"] == 5
+
+
+def test_a_search_that_finds_nothing_finite_says_so():
+    spectra = problems_spectra()
+
+    def probe(entries, held_out=False):
+        return 3.0 if all(entry.rank is None for entry in entries) else float("nan")
+
+    with pytest.raises(
+        NumericalError, match=r"^error_search: no candidate has a finite loss; ask for a larger share, or check"
+    ):
+        ErrorSearch(candidates=3).search(spectra, Budget(0.6), probe)

@@ -228,3 +228,17 @@ def test_nothing_is_left_of_a_failed_export(saved, tmp_path, monkeypatch):
     (tmp_path / "taken").write_text("")
     with pytest.raises(OutputError, match="is a file"):
         eckart.export(saved, to="onnx", out=tmp_path / "taken")
+
+
+@pytest.mark.parametrize(
+    ("error", "seen", "words"),
+    [(OSError(28, "No space left on device"), OutputError, "the disk is full"), (MemoryError(), MemoryError, None)],
+)
+def test_a_full_disk_or_memory_is_not_blamed_on_the_exporter(saved, tmp_path, monkeypatch, error, seen, words):
+    def fail(*given, **named):
+        raise error
+
+    monkeypatch.setattr("transformers.exporters.exporter_onnx.OnnxExporter.export", fail)
+    with pytest.raises(seen, match=words):
+        eckart.export(saved, to="onnx", out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
 """A share, a size or a predicted loss: each is met, and said before the work starts."""
 
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import eckart
 from eckart._cli import app
 from eckart.checkpoints import checkpoint
 from eckart.errors import BudgetError, OptionError
+from eckart.factorizers.svd import SVD
 from eckart.planning.goals import Goal, parse_size
 from eckart.storages.pivoted import PivotedLinear
 from eckart.testing import tiny_models, tiny_tokenizer
@@ -127,3 +129,27 @@ def test_goals_out_of_reach_are_refused(folder, options):
         eckart.plan(folder, size="1KB", **options)
     with pytest.raises(OptionError, match="max_kl needs a recipe that predicts the loss"):
         eckart.plan(folder, recipe="svd", max_kl=0.1)
+
+
+def test_a_size_below_the_smallest_ranks_is_refused(folder, options):
+    with pytest.raises(BudgetError, match=r"takes \d+; ask for more") as caught:
+        eckart.plan(folder, size="1KB", **options)
+    more = int(str(caught.value).split("takes ")[1].split(";")[0]) + 100
+    with pytest.raises(BudgetError, match=rf"^size {more} is below what the smallest ranks need; ask for more\.$"):
+        eckart.plan(folder, size=more, **{**options, "recipe": "svd"})
+
+
+@dataclass(frozen=True)
+class Silent(SVD):
+    """It could predict a loss, says its class, and does not."""
+
+    def nats(self, statistics):
+        return None
+
+
+def test_a_bound_on_a_loss_that_a_method_from_outside_does_not_predict(folder, options):
+    recipe = {"recipe": "svd", "options": {"factorizer": f"{__name__}:Silent"}}
+    with pytest.raises(
+        OptionError, match=r"^max_kl needs a recipe that predicts the loss, one with factorizer two_sided;"
+    ):
+        eckart.plan(folder, max_kl=0.1, **{**options, **recipe})

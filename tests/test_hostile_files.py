@@ -560,3 +560,42 @@ def test_results_are_refused_by_their_place_value_and_rule(changes: dict[str, An
     (tmp_path / "r.json").write_text(json.dumps(stored))
     with pytest.raises(DataError, match=rf"r.json: {words}"):
         results.read(tmp_path / "r.json")
+
+
+@pytest.mark.parametrize(
+    ("group", "words"),
+    [
+        ({"lost": [[2, 0.5], [1, 0.7]]}, "the ranks of lost do not rise"),
+        ({"measured_kl": {"much": 0.1}}, "measured_kl has 'much', but its keys must be shares"),
+    ],
+)
+def test_spectra_that_cannot_be_drawn(group: dict[str, Any], words: str, copy: Path) -> None:
+    path = copy / "small" / "spectra.json"
+    groups = json.loads(path.read_text())["groups"]
+    edit(path, groups=[{**groups[0], **group}, *groups[1:]])
+    with pytest.raises(CheckpointError, match=rf"spectra\.json: groups\[0\].*{words}") as caught:
+        eckart.report(copy / "small")
+    assert str(caught.value).isprintable()
+
+
+def test_a_page_needs_a_plan_and_a_comparison_the_ledger(copy: Path) -> None:
+    edit(copy / "small" / "provenance.json", ledger=None)
+    with pytest.raises(CheckpointError, match=r"small: its provenance\.json has no ledger; compress it again\.$"):
+        eckart.compare([copy / "small", copy / "dense"])
+    (copy / "small" / "plan.json").unlink()
+    with pytest.raises(CheckpointError, match=r"small: has no plan\.json, so there is nothing to report\.$"):
+        eckart.report(copy / "small")
+
+
+def test_options_of_a_method_from_outside_whose_types_nobody_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "untyped_method.py").write_text(
+        "from dataclasses import dataclass\nfrom eckart.factorizers.svd import SVD\n"
+        "@dataclass(frozen=True)\nclass Odd(SVD):\n    depth: 'Depth' = 0\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    words = r"^untyped_method:Odd: the types of its options cannot be told: name 'Depth' is not defined\.$"
+    with pytest.raises(OptionError, match=words):
+        find("svd-llm", {"factorizer": "untyped_method:Odd", "factorizer.depth": 3})
+    sys.modules.pop("untyped_method", None)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from eckart import ledger
+from eckart import ledger, storages
 from eckart.checkpoints import checkpoint
 from eckart.errors import PlanError
 from eckart.model.discovery import discover
-from eckart.model.factorise import factorize_
+from eckart.model.factorise import factorize_, store_
 from eckart.plans.plan import Plan, resolve
 from eckart.portable import hf
 from eckart.portable.linear import empty_like, share_basis_
@@ -179,3 +179,19 @@ def test_another_number_of_columns_in_the_plan_is_refused(tmp_path: Path) -> Non
     factorize_(model, name, factors.basis, factors.coefficients[0], INDEX, factors.kept[0])
     with pytest.raises(PlanError, match=r"2 columns kept in the plan, but .* 3 columns kept in the model"):
         checkpoint.save(model, tmp_path / "saved", plan=Plan((Entry((name,), 4, "columns", 2),)))
+
+
+def test_another_storage_is_not_given_to_columns_nor_columns_to_a_pair() -> None:
+    model = tiny_models()["llama"]()
+    name, factors = "model.layers.0.self_attn.q_proj", make_factors(32, 4, 32)
+    factorize_(model, name, factors.basis, factors.coefficients[0], INDEX, factors.kept[0])
+    words = "preserved columns have a storage of their own, which is not changed"
+    with pytest.raises(ValueError, match=rf"^{name}: {words}\.$"):
+        store_(model, name, "pair")
+    with pytest.raises(ValueError, match=rf"^{words}\.$"):
+        storages.find("columns").of_pair(storages.Pair(torch.eye(2, 4), torch.eye(3, 2), None))
+
+
+def test_a_dense_layer_keeps_no_columns() -> None:
+    with pytest.raises(PlanError, match=r"^0: 2 preserved columns in the plan of a dense layer; write none\.$"):
+        resolve(Plan((Entry(("0",), None, "columns", 2),)), [Target("0", 0, "0", 10, 12, False)])

@@ -97,3 +97,36 @@ def test_another_tokenizer_is_another_text(tmp_path):
     for path in (tmp_path / "other").glob("tokenizer*"):
         path.unlink()
     assert eckart.evaluate(tmp_path / "model", against=tmp_path / "other", **where)["results"]
+
+
+def test_a_model_without_logits_has_no_loss(corpora):
+    body = tiny_models()["llama"]().model
+    with pytest.raises(
+        OptionError, match=r"^LlamaModel gives no logits of a next token, so its losses cannot be measured\.$"
+    ):
+        eckart.evaluate(body, tokenizer=tiny_tokenizer(), data_specs=corpora, windows=1, length=16)
+
+
+def test_a_word_that_cannot_be_said_makes_the_divergence_infinite(corpora):
+    """The loss of the text is finite, as the text never says it."""
+    dense, never = tiny_models()["llama"](), tiny_models()["llama"]()
+    head = torch.nn.Linear(32, len(dense.lm_head.weight))
+    with torch.no_grad():
+        head.weight.copy_(dense.lm_head.weight)
+        head.bias.zero_()[-1] = -torch.inf
+    never.lm_head = head
+    options = {"tokenizer": tiny_tokenizer(), "data_specs": corpora[:1], "windows": 1, "length": 16}
+    assert eckart.evaluate(never, **options)["results"][0]["perplexity"] > 0
+    with pytest.raises(
+        NumericalError, match=r"^the KL divergence from the dense model is NaN or infinite; evaluate in float32\.$"
+    ):
+        eckart.evaluate(never, against=dense, **options)
+
+
+def test_a_broken_model_beside_its_dense_one_is_told_by_its_window(corpora):
+    broken = tiny_models()["llama"]()
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(torch.nan)
+    options = {"tokenizer": tiny_tokenizer(), "data_specs": corpora[:1], "windows": 1, "length": 16}
+    with pytest.raises(NumericalError, match=r"^the loss of window 0 is nan; evaluate in float32\.$"):
+        eckart.evaluate(broken, against=tiny_models()["llama"](), **options)

@@ -11,8 +11,13 @@ import torch
 import eckart
 from eckart._cli import main
 from eckart.checkpoints import checkpoint
+from eckart.checks import problem
+from eckart.errors import NumericalError
+from eckart.factorizers.base import failures_named
+from eckart.factorizers.svd import SVD
 from eckart.support.not_finite import exp, numbers, to_json
 from eckart.testing import tiny_models, tiny_tokenizer
+from eckart.types import Group, Target
 
 INF, NAN = math.inf, math.nan
 TEXT = ("--data", "text.txt", "--windows", "2", "--length", "24")
@@ -144,3 +149,24 @@ def test_what_is_saved_again_is_json(made, run):
             strict(path.read_text())
     assert checkpoint.read_provenance(made / "again")["kl"]["measured"] == INF
     assert math.isnan(checkpoint.read_plan(made / "again").reached["predicted_kl"])
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(NAN, "eigendecomposition failed: linalg.eigh"), (1e200, "NaN or infinity in its spectrum")],
+)
+def test_a_weight_beyond_numbers_is_named_when_it_is_decomposed(value, words):
+    group, weight, statistics = problem(12, 20, 64)
+    weight[0, 0] = value
+    with pytest.raises(NumericalError, match=rf"^blocks\.0\.linear: {words}") as caught:
+        SVD().decompose(group, [weight], statistics)
+    assert str(caught.value).isprintable()
+
+
+def test_what_a_failed_decomposition_says_is_one_line():
+    words, group = (
+        r"^q: eigendecomposition failed: out of memory\\nmuch more$",
+        Group((Target("q", 0, "q", 2, 2, False),)),
+    )
+    with pytest.raises(NumericalError, match=words), failures_named(group):
+        raise RuntimeError("out of memory\nmuch more")

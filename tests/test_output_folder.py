@@ -1,6 +1,7 @@
 """An output is claimed before any work, appears whole or not at all, and nothing is left of what died."""
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -362,3 +363,20 @@ def test_space_is_asked_of_the_disk_below(here):
     files.check_space(Path("deep/er/out"), 1)
     with OutputFolder("claimed") as output, pytest.raises(OutputError, match=r"claimed: .*MB free"):
         files.check_space(output, 10**18)
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="newer Python says that there is no file of such a name")
+def test_space_on_no_disk_is_of_the_output(here):
+    with pytest.raises(OutputError, match=r"x: cannot be written: File name too long; name another place\.$"):
+        files.check_space(Path("x" * 300), 1)
+
+
+def test_a_lock_that_cannot_be_had_is_an_error_and_leaves_no_file_open(here, monkeypatch):
+    def broken(handle, how):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", broken)
+    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else None
+    with pytest.raises(OSError, match="Input/output error"):
+        lock.take(here / "x")
+    assert before in (None, len(os.listdir("/proc/self/fd")))

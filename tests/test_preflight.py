@@ -127,3 +127,10 @@ def test_factors_beyond_the_stored_dtype_are_found_before_they_are_infinite() ->
         round_(layer, torch.float16)
     assert round_(layer, torch.bfloat16)
     assert not round_(layer, torch.float32)
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="for machines without one")
+def test_a_machine_without_an_apple_chip_measures_on_none() -> None:
+    words = r"^device is 'mps', but this machine or this torch has none; use cpu\.$"
+    with pytest.raises(OptionError, match=words):
+        eckart.evaluate(tiny_models()["llama"](), tokenizer=tiny_tokenizer(), data_specs=["x.txt"], device="mps")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eckart.errors import OptionError
+from eckart.errors import NumericalError, OptionError
 from eckart.model.discovery import discover
 from eckart.model.operators import dense_again
 from eckart.plans.plan import Plan
@@ -186,8 +186,32 @@ def test_two_runs_agree(make):
 
 
 @pytest.mark.parametrize(
-    "options", [{"epochs": 0}, {"learning_rate": 0.0}, {"held_out": 1.0}, {"warm_up": 1.0}, {"label_weight": -1.0}]
+    "options",
+    [
+        {"epochs": 0},
+        {"learning_rate": 0.0},
+        {"held_out": 1.0},
+        {"warm_up": 1.0},
+        {"label_weight": -1.0},
+        {"written": -1},
+    ],
 )
 def test_impossible_options_are_refused(options):
     with pytest.raises(OptionError, match=r"recover\."):
         recover(**options)
+
+
+def test_a_loss_beyond_numbers_says_whether_training_made_it(make):
+    _, work = work_on("llama", make)
+    with pytest.raises(
+        NumericalError,
+        match=r"^recover: the held-out loss is NaN or infinite after training; lower recover\.learning_rate\.$",
+    ):
+        recover(learning_rate=1e30, epochs=1).refine_(work)
+    _, work = work_on("llama", make)
+    with torch.no_grad():
+        work.model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(
+        NumericalError, match=r"^recover: the held-out loss is NaN or infinite before any step; check the model\.$"
+    ):
+        recover().refine_(work)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from eckart.errors import OptionError
+from eckart.errors import NumericalError, OptionError
 from eckart.model.discovery import discover
 from eckart.model.factorise import factorize_
 from eckart.plans.plan import Plan
@@ -148,3 +148,11 @@ def test_it_runs_from_40_percent_removed(keep, runs):
 def test_impossible_options(option, value):
     with pytest.raises(OptionError, match=rf"refit_coefficients\.{option} is "):
         find("d-rank", {f"refit_coefficients.{option}": value})
+
+
+def test_a_dense_weight_that_is_not_finite_is_named():
+    _, work = compressed()
+    name = "model.layers.0.mlp.up_proj"
+    work.dense_weights[name] = work.dense_weights[name] * torch.nan
+    with pytest.raises(NumericalError, match=rf"^{name}: NaN or infinity in its refitted coefficients\.$"):
+        RefitCoefficients().refine_(work)

@@ -4,9 +4,10 @@ import pytest
 import torch
 from test_block_collaborative import compressed, make_model, text_windows
 
-from eckart.errors import OptionError
+from eckart.errors import NumericalError, OptionError
 from eckart.model.discovery import discover
 from eckart.plans.plan import Plan
+from eckart.refiners._block_factors import put_
 from eckart.refiners._two_streams import two_streams
 from eckart.refiners.alternating import Alternating, missing_cross
 from eckart.refiners.base import Refinement
@@ -79,8 +80,25 @@ def test_bad_options():
     for make, text in (
         (lambda: Alternating(share=1.5), "alternating.share is 1.5, but must lie in [0, 1]."),
         (lambda: Alternating(sweeps=0), "alternating.sweeps is 0, but must be positive."),
+        (lambda: Alternating(held_out=1.0), "alternating.held_out is 1, but must lie in (0, 1)."),
         (lambda: SequentialUpdate(damping=0.0), "sequential_update.damping is 0, but must be positive."),
     ):
         with pytest.raises(OptionError) as caught:
             make()
         assert str(caught.value) == text
+
+
+def test_a_block_that_is_broken_before_any_step_is_named():
+    work = compressed(make_model(), count=6)
+    with torch.no_grad():
+        work.model.model.layers[1].input_layernorm.weight.fill_(torch.nan)
+    with pytest.raises(NumericalError, match=r"^block 1: its output holds NaN or infinity before any step\.$"):
+        Alternating(batch=3).refine_(work)
+
+
+def test_factors_that_are_not_finite_are_not_put_in():
+    block = compressed(make_model()).model.model.layers[0]
+    basis, coefficients = (p.detach().clone() for p in block.mlp.up_proj.parameters())
+    with pytest.raises(NumericalError, match=r"^mlp\.up_proj: NaN or infinity in its refined factors\.$"):
+        put_(block, {"mlp.up_proj": (basis * torch.nan, coefficients)})
+    assert torch.equal(block.mlp.up_proj.basis.weight, basis)

@@ -7,12 +7,13 @@ import torch
 from safetensors.torch import load_file
 
 import eckart
+from eckart.errors import PlanError
 from eckart.factorizers.svd_llm import SVDLLM
 from eckart.ledger import parameters
 from eckart.model.discovery import discover
 from eckart.planning.decomposed import decompose
 from eckart.plans.grouping import READERS, make_groups
-from eckart.plans.plan import Plan
+from eckart.plans.plan import Plan, resolve
 from eckart.statistics.sums import Gram, GroupStatistics, Statistics
 from eckart.storages.pair import FactorizedLinear
 from eckart.testing import tiny_model, tiny_models, tiny_tokenizer
@@ -191,3 +192,9 @@ def test_equal_decompositions_serve_every_cut():
     for group in groups:
         there, back = spectra["there"][group.name], spectra["back"][group.targets[-1].name]
         torch.testing.assert_close(there.spectrum.values, back.spectrum.values, rtol=1e-6, atol=1e-6)
+
+
+def test_layers_of_unlike_inputs_share_no_basis():
+    targets = [Target("a", 0, "a", 8, 8, False), Target("b", 0, "b", 8, 6, False)]
+    with pytest.raises(PlanError, match=r"^a.*: the targets that share its basis have different input sizes\.$"):
+        resolve(Plan((Entry(("a", "b"), 2),)), targets)

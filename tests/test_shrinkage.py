@@ -241,3 +241,10 @@ def test_one_batch_falls_back_and_says_so_once(tmp_path, caplog):
     fixed = compressed(tmp_path, windows=8, shrinkage=0.1)
     pairs = zip(made.model.state_dict().values(), fixed.model.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_shrinkage_that_is_to_be_chosen_has_no_metric_before():
+    with pytest.raises(
+        ValueError, match=r"^a shrinkage of 'auto' has no metric yet; decompose chooses a number for it$"
+    ):
+        TwoSided(gradient_shrinkage="auto").nats(GroupStatistics((Statistics(tokens=1, predictions=1),)))

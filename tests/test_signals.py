@@ -4,6 +4,7 @@ Commands run in children that are forked from one process, which has imported ev
 """
 
 import importlib
+import io
 import json
 import os
 import signal
@@ -370,3 +371,9 @@ def test_a_stream_that_breaks_stops_nothing(monkeypatch):
     stream.flush()
     assert isinstance(stream.error, ValueError)
     assert stream.encoding == "utf-8"
+
+
+def test_a_stream_that_was_never_there_has_no_number(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(io.UnsupportedOperation, match="fileno"):
+        streams.Stream("stdout").fileno()

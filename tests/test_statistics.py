@@ -1,8 +1,12 @@
 """Sums that keep their digits."""
 
+import pytest
 import torch
 
-from eckart.statistics.sums import Gram, GroupStatistics, Statistics
+from eckart.errors import NumericalError
+from eckart.statistics.at_inputs import finish_inputs
+from eckart.statistics.sums import Gram, GroupStatistics, Need, Statistics
+from eckart.types import Target
 
 
 def test_half_a_million_tokens_lose_no_digits():
@@ -57,3 +61,14 @@ def test_a_group_sums_the_grams_of_its_members():
     side = GroupStatistics(tuple(Statistics(5, input_gram=g) for g in grams)).input_side(0.0)
     both = torch.cat(rows)
     assert torch.allclose(side.gram, both.T @ both, rtol=1e-12)
+
+
+def test_a_layer_that_shares_its_input_now_and_then_is_named():
+    """Its Gram has seen other tokens than it has."""
+    target, gram = Target("blocks.0.q", 0, "q", 4, 6, False), Gram(6)
+    gram.add_(torch.ones(3, 6))
+    with pytest.raises(
+        NumericalError,
+        match=r"^blocks\.0\.q: shared its input tensor with other layers in some batches and not in others;",
+    ):
+        finish_inputs(target, Statistics(tokens=5, input_gram=gram), frozenset({Need.INPUT_GRAM}))

@@ -172,3 +172,22 @@ def test_the_ledger_adds_up_bytes_as_the_storages_say():
     book = ledger.make_ledger(groups, entries, 10_000, 2)
     assert book.target_parameters_kept == 5 * (48 + 24 - 5) + 48 * 24
     assert book.model_bytes_kept == 2 * (10_000 - 48 * 24 + 5 * (48 + 24 - 5)) + 4 * 24
+
+
+def test_a_layer_of_a_storage_says_what_it_is():
+    class Unfinished(storages.FactorizedLayer):
+        pass
+
+    with pytest.raises(TypeError, match=r"^Unfinished does not say what its weight is\.$"):
+        _ = Unfinished().weight
+    with pytest.raises(TypeError, match=r"^Unfinished does not say how it is stored\.$"):
+        Unfinished().spec()
+
+
+def test_the_code_of_a_checkpoint_alone_changes_no_storage(make, monkeypatch):
+    model, name = make("llama"), "model.layers.0.self_attn.q_proj"
+    monkeypatch.setitem(sys.modules, "eckart.maths", None)
+    with pytest.raises(
+        ValueError, match=r"^changing a storage needs eckart; this is the code of a checkpoint alone\.$"
+    ):
+        store_(model, name, "pivoted")

@@ -229,3 +229,25 @@ def test_two_processes_split_a_model(make: Make, folder: Path, tmp_path: Path) -
     assert len(said) == 2
     assert "layers.0." in said[0]
     assert "cannot be split by 'colwise'; only 'pair' can" in said[0]
+
+
+def test_lora_without_peft_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft.tuners.lora.layer", None)
+    with pytest.raises(UserError, match=r"^LoRA on factorised layers needs PEFT: pip install peft\.$"):
+        adapters.lora(object())  # type: ignore[arg-type]
+
+
+@needs_parallel
+def test_a_layer_that_devices_cannot_share_is_named(tmp_path: Path) -> None:
+    from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
+
+    checkpoint.save(mixed("llama"), tmp_path / "saved")
+    model = AUTO.from_pretrained(tmp_path / "saved")
+    style = ALL_PARALLEL_STYLES["eckart_colwise"]
+    whole = {n: m for n, m in model.named_modules() if is_factorized(m) and not m.divisible}
+    assert {module.spec()["storage"] for module in whole.values()} == {"columns", "pivoted"}
+    for name, module in whole.items():
+        words = rf"^{name}: a layer of storage '(pivoted|columns)' cannot be split by 'colwise'; only 'pair' can, "
+        with pytest.raises(ValueError, match=words) as caught:
+            style.shard_param(module, "weight", None)
+        assert str(caught.value).isprintable()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import eckart
+from eckart._cli import main
 from eckart.checkpoints import checkpoint
 from eckart.errors import CheckpointError
+from eckart.portable.hashes import check_hashes
 
 Make = Callable[..., Any]
 DECIDING = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "hf.py")
@@ -156,3 +159,27 @@ def test_a_tokenizer_that_was_edited_is_refused_before_it_reads(folder: Path) ->
     path.write_text(path.read_text().replace('"pad_token": "<pad>"', '"pad_token": "<s>"'))
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: is not what was saved"):
         checkpoint.load_tokenizer(folder)
+
+
+def test_the_command_says_how_many_and_which(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("config.json", "hf.py"):
+        (folder / name).write_bytes((folder / name).read_bytes() + b"\n")
+    monkeypatch.setattr(sys, "argv", ["eckart", "verify", str(folder), "--json"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    said = capsys.readouterr()
+    assert caught.value.code == 2
+    assert said.err.startswith(f"eckart: {folder}: config.json and 1 more of ")
+    assert said.err.endswith(f"eckart verify {folder} --accept\n")
+    assert said.err.count("\n") == 1
+    assert json.loads(said.out)["whole"] is False
+
+
+def test_weight_files_are_of_one_folder_and_in_its_record(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^verify=True needs weight files in one folder\.$"):
+        check_hashes([folder / "model.safetensors", tmp_path / "model.safetensors"])
+    shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other\.safetensors: is not recorded in provenance\.json\.$"):
+        check_hashes([folder / "model.safetensors", folder / "other.safetensors"])

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -330,3 +331,14 @@ def test_a_user_without_a_home_has_a_cache(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
     assert work.cache_folder().name == "eckart-cache"
+
+
+def test_a_piece_that_cannot_be_written_is_of_the_output(tmp_path):
+    folder = WorkFolder(tmp_path / "work", KEY)
+    folder.folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder.folder, ignore_errors=True)
+    folder.folder.write_text("a file in its place")
+    with pytest.raises(
+        OutputError, match=r"piece\.safetensors: cannot be written: a file is in the way; name another place\.$"
+    ):
+        folder.write("piece", {"x": torch.zeros(2)}, {})

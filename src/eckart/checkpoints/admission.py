@@ -3,6 +3,7 @@
 A model that is quantised already, an adapter, an encoder with its decoder, files that hold more than the model.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,9 +38,9 @@ HARMLESS = re.compile(
 
 def locate(model: str) -> str | Path:
     """A folder that holds a model, or a hub id as it is. Raises `ModelError` for an adapter, alone or beside one."""
-    folder = Path(model).expanduser()
-    if (folder / ADAPTER).is_file():
-        kind = str(pretrained.read_json(folder / ADAPTER, ModelError).get("peft_type") or "PEFT")
+    adapter = Path(os.path.expanduser(model)) / ADAPTER
+    if os.path.isfile(adapter):  # False for a name that no folder can have, of which `pretrained.locate` speaks
+        kind = str(pretrained.read_json(adapter, ModelError).get("peft_type") or "PEFT")
         raise ModelError(
             f"{plain(model, 1000)}: holds a {plain(kind, 50)} adapter ({ADAPTER}): merge it first, with peft's "
             f"AutoPeftModelForCausalLM.from_pretrained({model!r}).merge_and_unload().save_pretrained(DIR) and its "

@@ -5,6 +5,7 @@ or that does not fit, is an error here, where transformers would warn and draw i
 """
 
 import logging
+import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -219,9 +220,10 @@ def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> "PreTr
     """The tokenizer of a hub id, a folder or a checkpoint. Raises `ModelError` when there is none."""
     import transformers
 
-    folder = Path(model).expanduser()
-    source = folder if folder.is_dir() else pretrained.locate(str(model))  # a tokenizer may have a folder of its own
-    if (folder / PROVENANCE).is_file():
+    folder = Path(os.path.expanduser(model))
+    # A tokenizer may have a folder of its own.
+    source = folder if os.path.isdir(folder) else pretrained.locate(str(model))
+    if os.path.isfile(folder / PROVENANCE):
         fingerprints.check_tokenizer(folder, read_provenance(folder).get("files") or {})
     with pretrained.quiet(), pretrained.unreadable(source, ModelError, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
@@ -268,9 +270,9 @@ def is_checkpoint(folder: str | Path) -> bool:
     Raises `ModelError` when its configuration cannot be read.
     """
     folder = Path(folder)
-    if (folder / PROVENANCE).is_file():
+    if os.path.isfile(folder / PROVENANCE):  # False for a name that no folder can have
         return True
-    if not (folder / CONFIG).is_file():
+    if not os.path.isfile(folder / CONFIG):
         return False
     quantization = pretrained.read_json(folder / CONFIG, ModelError).get("quantization_config")
     return isinstance(quantization, dict) and quantization.get("quant_method") == "eckart"

@@ -1,5 +1,6 @@
 """`eckart verify`: is a checkpoint still what was saved, and do its parts fit one another?"""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def verify(folder: str | Path, *, accept: bool = False) -> Verification:
     kept in the provenance. Raises `CheckpointError` for a folder that is no checkpoint, for parts that contradict one
     another, which cannot be accepted, and for one without a record.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     _, weights = checkpoint.parts(folder)
     checkpoint.check_structure(folder, weights)
     provenance = checkpoint.read_provenance(folder)

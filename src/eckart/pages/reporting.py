@@ -78,10 +78,10 @@ def _samples(
     """What the models write after each prompt."""
     prompts = list(prompts) or list(samples.PROMPTS)
     progress("sample", 0, 2)
-    write = partial(
-        samples.write, prompts=prompts, device=protocol.device, dtype=protocol.dtype,
-        tokenizer=names["tokenizer"], trust_remote_code=names["trust_remote_code"],
-    )  # fmt: skip
+
+    def write(model: str | Path) -> list[str]:
+        return samples.write(model, prompts, device=protocol.device, dtype=protocol.dtype, **names)
+
     dense: Sequence[str | None] = [None] * len(prompts) if against is None else write(against)
     progress("sample", 1, 2)
     compressed = write(folder)

@@ -5,7 +5,7 @@ allocation costs milliseconds. So every goal works with every allocator.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,23 +53,17 @@ def parse_size(size: int | str) -> int:
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
-def meet(goal: Goal, plan_for: Callable[[float], Plan], parameters: int, overhead: int = 0) -> Plan:
+def meet(goal: Goal, plan_for: Callable[[float], Plan], overhead: int = 0) -> Plan:
     """The plan that meets a goal: the largest within a size, the smallest within a predicted loss.
 
-    `plan_for(keep)` allocates; `parameters` is how many the targets have; `overhead` is what the files
-    hold besides the tensors, in bytes. Raises `BudgetError` when no share meets the goal.
+    `plan_for(keep)` allocates; `overhead` is what the files hold besides the tensors, in bytes. Raises
+    `BudgetError` when no share meets the goal, `OptionError` for a bound on a loss that nobody predicts.
     """
     if goal.keep is not None:
         return plan_for(goal.keep)
     everything = plan_for(1.0)
     if goal.size is not None:
         room = goal.size - overhead
-        smallest = everything.reached["model_bytes_dense"] - _bytes_each(everything.reached) * parameters
-        if room <= smallest:
-            raise BudgetError(
-                f"size is {goal.size} bytes, but what is never compressed (embeddings, norms, head) takes "
-                f"{smallest + overhead}; ask for more."
-            )
         return _last(plan_for, lambda plan: plan.reached["model_bytes_kept"] <= room, everything, f"size {goal.size}")
     most = goal.max_kl
     assert most is not None
@@ -89,10 +83,6 @@ def predicted_kl(spectra: Sequence[Spectrum], entries: Sequence[Entry]) -> float
     losses = [None if e.kept else s.loss(e.rank) for s, e in zip(spectra, entries, strict=True)]
     known = [loss for loss in losses if loss is not None]
     return sum(known) if len(known) == len(losses) else None
-
-
-def _bytes_each(reached: Mapping[str, Any]) -> int:
-    return int(reached["model_bytes_dense"] // reached["model_parameters_dense"])
 
 
 def _last(plan_for: Callable[[float], Plan], fits: Callable[[Plan], bool], everything: Plan, what: str) -> Plan:

@@ -150,10 +150,9 @@ class _Task:
 
     def meet(self, allocate: "Allocate", spectra: Sequence[Spectrum]) -> Plan:
         """The plan that meets the goal, of those that an allocator makes for a share of the parameters."""
-        layout = self.loaded.layout
-        overhead = header_bytes(self.loaded.model.state_dict(), layout.targets)
+        overhead = header_bytes(self.loaded.model.state_dict(), self.loaded.layout.targets)
         with self.stages("allocate"):
-            return meet(self.goal, lambda keep: self._plan(allocate, spectra, keep), layout.target_parameters, overhead)
+            return meet(self.goal, lambda keep: self._plan(allocate, spectra, keep), overhead)
 
     def _plan(self, allocate: "Allocate", spectra: Sequence[Spectrum], keep: float) -> Plan:
         """The plan for a share, with what it reaches by the ledger and by the metric."""

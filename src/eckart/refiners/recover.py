@@ -86,7 +86,7 @@ class Recover(Refiner):
             return
         train = torch.cat([train, self._own_text(refinement, train)])
         judged = _past_the_blocks(refinement, split_batches(test, 1))
-        reached, best = [_judge(refinement, judged)], _copy(factors)
+        reached, best = [_judge(refinement, judged, "before any step; check the model")], _copy(factors)
         steps = -(-len(train) // self.windows_per_step)
         with _only_trained(refinement.model, factors):
             rate = self.learning_rate * math.sqrt(min(1.0, max(0.0, reached[0][1])))
@@ -190,8 +190,10 @@ def _next_token_loss(log_probabilities: Tensor, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _judge(refinement: Refinement, dense: Stream) -> tuple[float, float]:
-    """Mean next-token loss and KL, nats per token, over batches of one length."""
+def _judge(
+    refinement: Refinement, dense: Stream, otherwise: str = "after training; lower recover.learning_rate"
+) -> tuple[float, float]:
+    """Mean next-token loss and KL, nats per token, over batches of one length; `otherwise` ends the refusal."""
     sums = [0.0, 0.0]
     for index in range(len(dense.batches)):
         expected, candidate = _log_probabilities(refinement, dense, index)
@@ -199,7 +201,7 @@ def _judge(refinement: Refinement, dense: Stream) -> tuple[float, float]:
         sums[1] += float(from_log_probabilities(expected, candidate).mean())
     loss, kl = (total / len(dense.batches) for total in sums)
     if not math.isfinite(loss):
-        raise NumericalError("recover: the held-out loss is NaN or infinite; lower recover.learning_rate.")
+        raise NumericalError(f"recover: the held-out loss is NaN or infinite {otherwise}.")
     return loss, kl
 
 

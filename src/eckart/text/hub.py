@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
@@ -53,7 +54,7 @@ def open_hub(spec: SourceSpec, purpose: Purpose) -> tuple[HubRows, str, str]:
         shard = "c4-train.00000-of-01024" if split.startswith("train") else "c4-validation.00000-of-00008"
         path, column = "allenai/c4", "text"
         options = {"data_files": {split.partition("[")[0]: f"en/{shard}.json.gz"}}
-    elif spec.path.is_dir():
+    elif os.path.isdir(spec.path):  # False for a name that no folder can have
         path = str(spec.path)
     return HubRows(spec.name, _load_dataset(spec, path, config, split, options)), split, column
 
