@@ -175,6 +175,7 @@ class Ground:
         for name, recipe in RECIPES.items():
             text = eckart.Calibration("text.txt", windows=4, length=24)
             eckart.compress("dense", recipe=recipe, keep=0.6, calibration=text, out=name)
+        shutil.copytree("pivoted", "undisturbed")
         self.ids = torch.randint(4, 90, (2, 12), generator=torch.Generator().manual_seed(0))
         self.logits = {name: self.of(eckart.load(name)) for name in RECIPES}
 
@@ -223,7 +224,8 @@ def mutate_safetensors(content: bytes, draw: random.Random) -> bytes:
 
 
 COMMANDS: dict[str, list[str]] = {
-    "inspect": ["inspect", "c"],
+    "compare": ["compare", "c", "../undisturbed"],
+    "export": ["export", "c", "--to", "merged", "--out", "out"],
     "verify": ["verify", "c"],
     "report": ["report", "c", "--out", "page.html"],
     "convert": ["convert", "c", "--storage", "pair", "--out", "out"],
@@ -270,6 +272,9 @@ def holds_what_the_file_holds(model: Any) -> bool:
 def command_was_right(road: str, ground: Ground, name: str) -> bool:
     if road == "convert":  # other factors, the same matrices but for rounding
         return bool(torch.allclose(ground.of(eckart.load("out")), ground.logits[name], atol=1e-3))
+    if road == "export":
+        dense = transformers.AutoModelForCausalLM.from_pretrained("out")
+        return bool(torch.allclose(ground.of(dense), ground.logits[name], atol=1e-3))
     if road == "eval":
         return ground.is_same(name, eckart.load("c"))
     return True
