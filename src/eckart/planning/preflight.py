@@ -77,8 +77,8 @@ def check_outline(
         checkpoint.try_saving(model, outline.tokenizer, Path(folder), source=outline.source)
     if not recipe.reads_text():
         return None
-    check_positions(calibration.length, model)
     if any(source.kind == "self" for source in parse_spec(calibration.data)):
+        check_positions(calibration.length, model)
         return None
     windows = fetch(calibration, outline.tokenizer)
     check_fit(windows, model)

@@ -194,6 +194,7 @@ if METHOD not in AUTO_QUANTIZER_MAPPING:
     register_quantizer(METHOD)(EckartQuantizer)
 if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
     register_quantization_config(METHOD)(EckartConfig)
+if EckartConfig not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
     # Kinds of which transformers takes over what the caller asks of loading; it has no call to add one.
     auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, EckartConfig)
 
