@@ -107,3 +107,11 @@ def test_a_dense_model_has_no_card(tmp_path: Path) -> None:
 
     checkpoint.save(tiny_models()["llama"](), tmp_path / "dense")
     assert not (tmp_path / "dense/README.md").exists()
+
+
+def test_notes_that_somebody_has_spoiled_are_left_out() -> None:
+    """A card is written anew by `convert`, from a provenance that anybody may have edited."""
+    spoiled = {"calibration": 3, "kl": {"measured": "low"}, "model": [], "recipe": "x", "versions": {}}
+    text = card(spoiled, None)
+    assert "Calibrated" not in text
+    assert "Measured" not in text

@@ -80,7 +80,7 @@ def _facts(provenance: Mapping[str, Any], plan: Plan | None) -> list[tuple[str, 
     """Rows `(what, value)` in words; an empty value for what is not recorded."""
     ledger, data = provenance.get("ledger"), provenance.get("calibration")
     recipe, versions = _at(provenance, "recipe", "name"), provenance.get("versions") or {}
-    predicted, measured = _predicted(plan), _at(provenance, "kl", "measured")
+    predicted, measured = _predicted(plan), _number(_at(provenance, "kl", "measured"))
     return [
         ("Made from", _shown(str(_at(provenance, "model", "source") or ""))),
         ("Revision", _words(_at(provenance, "model", "revision") or "")),
@@ -88,7 +88,7 @@ def _facts(provenance: Mapping[str, Any], plan: Plan | None) -> list[tuple[str, 
         ("Kept of the compressed layers", _share(ledger, "target_parameters")),
         ("Kept of the whole model", _share(ledger, "model_parameters")),
         ("Size", f"{ledger['model_bytes_kept']:,} of {ledger['model_bytes_dense']:,} bytes" if ledger else ""),
-        ("Calibrated on", _calibration(data) if data else ""),
+        ("Calibrated on", _calibration(data) if isinstance(data, Mapping) else ""),
         ("Predicted KL", "" if predicted is None else f"{predicted:.4g} nats per token, from the dense model"),
         ("Measured KL", "" if measured is None else f"{measured:.4g} nats per token, from the dense model"),
         ("Versions", ", ".join(_words(f"{name} {version}") for name, version in versions.items())),
@@ -111,8 +111,12 @@ def _calibration(data: Mapping[str, Any]) -> str:
 
 def _predicted(plan: Plan | None) -> float | None:
     """The KL that the plan predicts, None if it predicts none."""
-    kl = None if plan is None else plan.reached.get("predicted_kl")
-    return float(kl) if isinstance(kl, int | float) else None
+    return None if plan is None else _number(plan.reached.get("predicted_kl"))
+
+
+def _number(value: Any) -> float | None:
+    """A note as a number; None for what somebody has written in its place."""
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _at(data: Mapping[str, Any], *keys: str) -> Any:
