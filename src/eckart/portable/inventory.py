@@ -44,10 +44,10 @@ def check_files(model: Any, specs: Mapping[str, Mapping[str, Any]], guard: str, 
     own, heads = set(model.state_dict(keep_vars=True)), _heads(files)
     heads.pop(guard, None)
     stored = {_key(model, own, key): head for key, head in heads.items()}
-    for name, spec in specs.items():
-        _check_layer(model.get_submodule(name), name, spec, stored)
-    _check_blocks(model, own, stored)
     strange = [key for key in heads if _key(model, own, key) not in own]
+    for name, spec in specs.items():
+        _check_layer(model.get_submodule(name), name, spec, stored, strange)
+    _check_blocks(model, own, stored)
     if not _is_saved_class(model):  # the head that was saved is not asked for
         strange = [key for key in strange if key.startswith(f"{model.base_model_prefix}.")]
     for key in strange:
@@ -74,14 +74,28 @@ def _key(model: Any, own: set[str], key: str) -> str:
     return prefix + key if prefix + key in own else key
 
 
-def _check_layer(layer: nn.Module, name: str, spec: Mapping[str, Any], stored: Heads) -> None:
+def _renamed(key: str, strange: list[str]) -> str:
+    """The name in the files of a tensor of the model, where transformers renames what stands before the blocks.
+
+    `model.language_model.layers.0.x` may be stored as `language_model.model.layers.0.x`. The key itself if it is not.
+    """
+    parts = key.split(".")
+    first = next((at for at, part in enumerate(parts) if part.isdigit()), 0)
+    tail = "." + ".".join(parts[max(0, first - 1) :])
+    found = [other for other in strange if f".{other}".endswith(tail)]
+    return found[0] if len(found) == 1 else key
+
+
+def _check_layer(layer: nn.Module, name: str, spec: Mapping[str, Any], stored: Heads, strange: list[str]) -> None:
     """Every tensor of a factorised layer is there, with its shape and in a dtype that it can have."""
     for key, tensor in layer.state_dict(keep_vars=True).items():
         if key == "basis.weight" and "basis_of" in spec:
             continue
-        if (full := f"{name}.{key}") not in stored:
+        full = f"{name}.{key}"
+        found = full if full in stored else _renamed(full, strange)
+        if found not in stored:
             raise ValueError(f"{full}: is missing from the weight files; copy or download the checkpoint again.")
-        shape, dtype = stored[full]
+        shape, dtype = stored[found]
         if shape != list(tensor.shape):
             raise ValueError(f"{full}: is {shape} in the weight files, but must be {list(tensor.shape)}.")
         allowed = FLOATS if tensor.is_floating_point() else ("I32",)
