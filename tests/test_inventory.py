@@ -161,3 +161,20 @@ def test_its_own_code_refuses_too(folder: Path) -> None:
     names = {path.name for path in folder.glob("*.py")}
     assert {"hf.py", "inventory.py", "modeling_eckart.py", "pivoted.py"} <= names
     assert (folder / "inventory.py").read_bytes() == (Path(hf.__file__).parent / "inventory.py").read_bytes()
+
+
+@pytest.mark.skipif(not hasattr(transformers, "ExaoneForCausalLM"), reason="this transformers has no such family")
+def test_a_family_whose_tensors_are_renamed_within_blocks(ids: torch.Tensor, tmp_path: Path) -> None:
+    from conftest import factorize_all_
+
+    from eckart.testing import tiny_model
+
+    options = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+    model = factorize_all_(tiny_model("Exaone", **options))
+    checkpoint.save(model, tmp_path / "saved")
+    stored = load_file(tmp_path / "saved" / "model.safetensors")
+    assert "model.layers.0.mlp.down_proj.basis.weight" not in stored  # it has another name there
+    assert torch.equal(eckart.load(tmp_path / "saved")(ids).logits, model(ids).logits)
+    tensors(tmp_path / "saved", lambda t: t.pop(next(key for key in t if key.endswith("coefficients.weight"))))
+    with pytest.raises(ValueError, match=r"coefficients\.weight: is missing"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")

@@ -45,8 +45,9 @@ def check_files(model: Any, specs: Mapping[str, Mapping[str, Any]], guard: str, 
     heads.pop(guard, None)
     stored = {_key(model, own, key): head for key, head in heads.items()}
     strange = [key for key in heads if _key(model, own, key) not in own]
+    renamed = {key: heads[key] for key in strange}
     for name, spec in specs.items():
-        _check_layer(model.get_submodule(name), name, spec, stored, strange)
+        _check_layer(model.get_submodule(name), name, spec, stored, renamed)
     _check_blocks(model, own, stored)
     if not _is_saved_class(model):  # the head that was saved is not asked for
         strange = [key for key in strange if key.startswith(f"{model.base_model_prefix}.")]
@@ -74,30 +75,25 @@ def _key(model: Any, own: set[str], key: str) -> str:
     return prefix + key if prefix + key in own else key
 
 
-def _renamed(key: str, strange: list[str]) -> str:
-    """The name in the files of a tensor of the model, where transformers renames what stands before the blocks.
+def _check_layer(layer: nn.Module, name: str, spec: Mapping[str, Any], stored: Heads, renamed: Heads) -> None:
+    """Every tensor of a factorised layer is there, with its shape and in a dtype that it can have.
 
-    `model.language_model.layers.0.x` may be stored as `language_model.model.layers.0.x`. The key itself if it is not.
+    `renamed` are the tensors in the files that are none of the model's, since transformers renames those of some
+    families as it reads them: each may stand for one of the same last name and shape, and is taken out.
     """
-    parts = key.split(".")
-    first = next((at for at, part in enumerate(parts) if part.isdigit()), 0)
-    tail = "." + ".".join(parts[max(0, first - 1) :])
-    found = [other for other in strange if f".{other}".endswith(tail)]
-    return found[0] if len(found) == 1 else key
-
-
-def _check_layer(layer: nn.Module, name: str, spec: Mapping[str, Any], stored: Heads, strange: list[str]) -> None:
-    """Every tensor of a factorised layer is there, with its shape and in a dtype that it can have."""
     for key, tensor in layer.state_dict(keep_vars=True).items():
         if key == "basis.weight" and "basis_of" in spec:
             continue
-        full = f"{name}.{key}"
-        found = full if full in stored else _renamed(full, strange)
-        if found not in stored:
-            raise ValueError(f"{full}: is missing from the weight files; copy or download the checkpoint again.")
-        shape, dtype = stored[found]
-        if shape != list(tensor.shape):
-            raise ValueError(f"{full}: is {shape} in the weight files, but must be {list(tensor.shape)}.")
+        full, shape = f"{name}.{key}", list(tensor.shape)
+        if full not in stored:
+            alike = (other for other, head in renamed.items() if other.endswith(f".{key}") and head[0] == shape)
+            if (other := next(alike, None)) is None:
+                raise ValueError(f"{full}: is missing from the weight files; copy or download the checkpoint again.")
+            found, dtype = renamed.pop(other)
+        else:
+            found, dtype = stored[full]
+        if found != shape:
+            raise ValueError(f"{full}: is {found} in the weight files, but must be {shape}.")
         allowed = FLOATS if tensor.is_floating_point() else ("I32",)
         if dtype not in allowed:
             raise ValueError(f"{full}: is stored as {dtype}, but must be {' or '.join(allowed)}.")
