@@ -27,6 +27,9 @@ import torch, transformers, eckart
 from eckart import _cli
 from eckart._cli import main
 
+# Whatever started the tests may have signals ignored, as a shell does for what it runs in the background.
+for name, handler in (("SIGINT", signal.default_int_handler), ("SIGTERM", signal.SIG_DFL), ("SIGHUP", signal.SIG_DFL)):
+    signal.signal(getattr(signal, name), handler)
 sys.stdout, said = sys.stderr, sys.stdout
 eckart.inspect("dense")  # what the children need is imported now
 eckart.compress("dense", recipe="svd", keep=0.9)
@@ -63,6 +66,16 @@ def left():
     return sorted(str(path) for path in Path().rglob("*") if "partial" in path.name or "lock" in path.name
                   or "decompositions" in path.name)
 """
+
+
+@pytest.fixture(autouse=True)
+def usual_signals():
+    """Handlers as of a program in a terminal, however the tests were started."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
