@@ -6,6 +6,7 @@ import re
 
 import datasets
 import pytest
+from tables import write
 
 from eckart.errors import DataError
 from eckart.text.data import load_windows
@@ -20,16 +21,6 @@ def tokenizer_with(template):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     return tokenizer
-
-
-def write(path, rows):
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    else:
-        datasets.Dataset.from_list(rows).to_parquet(path)
-    return path
 
 
 def text_of(path, tokenizer=None, column="", **options):

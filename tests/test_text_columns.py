@@ -1,11 +1,11 @@
 """Which column of a table is its text: taken where it is plain, refused by name where it would be a guess."""
 
-import json
 import logging
 import re
 
 import datasets
 import pytest
+from tables import write
 
 from eckart.errors import DataError
 from eckart.text.data import load_windows
@@ -14,16 +14,6 @@ from eckart.tiny import tiny_tokenizer
 CHAT = [{"role": "user", "content": "chat"}]
 ONLY = "its only column of strings,"
 ENDINGS = ("jsonl", "json", "parquet")
-
-
-def write(path, rows):
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    else:
-        datasets.Dataset.from_list(rows).to_parquet(path)
-    return path
 
 
 def taken(path, column=""):
