@@ -209,6 +209,47 @@ def test_infinite_activations_stop_with_the_number_of_the_block(work):
         BlockCollaborative(steps=2, batch=6).refine_(work)
 
 
+def fit_to(work, windows):
+    """Put whitened factors made from `windows` alone in the place of those that are there, as the dense model runs."""
+    dense = make_model()
+    dense.load_state_dict({**{k: v for k, v in work.model.state_dict().items() if k in dense.state_dict()}, **{
+        f"{name}.weight": weight for name, weight in work.dense_weights.items()
+    }})  # fmt: skip
+    for name, weight in work.dense_weights.items():
+        seen = []
+        handle = dense.get_submodule(name).register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args))
+        with torch.no_grad():
+            dense(input_ids=windows, use_cache=False)
+        handle.remove()
+        x = seen[0][0].flatten(0, 1)
+        q = torch.linalg.svd(weight @ x.T, full_matrices=False)[0][:, : work.model.get_submodule(name).rank]
+        work.model.get_submodule(name).basis.weight.data.copy_(q.T @ weight)
+        work.model.get_submodule(name).coefficients.weight.data.copy_(q)
+
+
+def test_factors_that_have_seen_what_judges_them_do_not_win(work):
+    """With no other text, what was made from all windows is no rival: it would win on what it has seen."""
+    fit_to(work, work.windows[-2:])
+    found = {name: work.model.get_submodule(name).coefficients.weight.clone() for name in work.dense_weights}
+    BlockCollaborative(steps=2, rate=1e-30, batch=6).refine_(work)
+    cheated = [notes for notes in work.notes if notes["as_found"] < notes["layer_wise"]]
+    assert cheated
+    for notes in cheated:
+        assert notes["reached"] == pytest.approx(notes["layer_wise"])
+    changed = [not torch.equal(work.model.get_submodule(n).coefficients.weight, q) for n, q in found.items()]
+    assert all(changed)
+
+
+@pytest.mark.parametrize("start", ["whitened", "found"])
+def test_text_that_no_statistic_has_seen_is_the_judge_and_all_windows_train(work, start, trained_state):
+    work = replace(work, unseen=text_windows(3, seed=77))
+    form = "free" if start == "found" else "grassmann"
+    BlockCollaborative(start=start, form=form, steps=20, free_steps=20, free_rate=3e-3, batch=6).refine_(work)
+    measured = block_errors(work, "anchored", ids=work.unseen)
+    expected = [min(n["reached"], n["as_found"]) if n["rolled_back"] else n["reached"] for n in work.notes]
+    assert measured == pytest.approx(expected, rel=1e-3)
+
+
 def test_held_out_windows_train_nothing(work):
     """Other held-out windows, same training windows: a single unchecked path gives the same factors."""
     batches, train, held_out = split_windows(work.windows, 6, 0.1)

@@ -9,7 +9,7 @@ from eckart import ledger
 from eckart.allocators import knapsack
 from eckart.allocators.knapsack import Choice, Knapsack, exact
 from eckart.errors import BudgetError, OptionError
-from eckart.maths.curve_fit import filled, fit
+from eckart.maths.curve_fit import filled, fit, never_rising
 from eckart.types import Budget, Group, Spectrum, Target
 
 SHARES = tuple(step / 10 for step in range(1, 11))
@@ -155,3 +155,44 @@ def test_a_power_law_is_found_again_from_three_points() -> None:
     assert fit(few) == (pytest.approx(0.2, rel=1e-6), pytest.approx(1.5))
     assert filled(few, SHARES) == pytest.approx(curve)
     assert filled({0.5: 1.0}, SHARES) == {0.5: 1.0}
+
+
+def with_curve(spectrum: Spectrum, curve: dict[float, float], values: torch.Tensor) -> Spectrum:
+    return Spectrum(spectrum.group, values, observed={"sensitivity": curve})
+
+
+def test_the_budget_is_spent_where_measured_curves_are_flat_or_noisy() -> None:
+    """What was measured around 0.9 sees no use for more than half, and says at random that more is worse."""
+    generator = torch.Generator().manual_seed(3)
+    spectra = []
+    for block in range(6):
+        group = spectrum(block, 64, 48, generator)
+        noise = (0.01 * torch.randn(len(SHARES) + 1, generator=generator)).tolist()
+        curve = {share: max(0.5 - share, 0.0) + n for share, n in zip((*SHARES, 0.77), noise, strict=True)}
+        spectra.append(with_curve(group, curve, torch.rand(48, generator=generator).sort(descending=True).values))
+    for keep in (0.77, 0.9):
+        kept, total = spent(spectra, Knapsack(), keep)
+        largest_step = max(s.group.out_features + s.group.in_features for s in spectra)
+        assert keep * total - largest_step < kept <= keep * total
+
+
+def test_what_is_left_goes_where_the_discarded_energy_falls_most() -> None:
+    """Two groups of one curve, flat: the one whose spectrum is steep needs nothing more."""
+    generator = torch.Generator().manual_seed(0)
+    flat, steep = torch.ones(64), torch.cat([torch.ones(6), 1e-3 * torch.ones(58)])
+    spectra = [
+        with_curve(spectrum(block, 64, 64, generator), dict.fromkeys(SHARES, 0.0), values)
+        for block, values in enumerate((flat, steep))
+    ]
+    entries = Knapsack().allocate(spectra, Budget(0.5))
+    ranks = [64 if entry.rank is None else entry.rank for entry in entries]
+    assert ranks[0] > 20
+    assert ranks[1] <= 6
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_curves_that_never_rise_are_the_nearest_ones(seed: int) -> None:
+    """Against the min-max formula of isotonic regression, which pools nothing."""
+    losses = torch.randn(9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    expected = [min(max(float(losses[a : b + 1].mean()) for b in range(i, 9)) for a in range(i + 1)) for i in range(9)]
+    assert never_rising(losses.tolist()) == pytest.approx(expected)

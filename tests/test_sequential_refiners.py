@@ -1,8 +1,10 @@
 """The two gradient-free refiners that go block by block: sequential update and alternating regressions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from test_block_collaborative import compressed, make_model, text_windows
+from test_block_collaborative import compressed, fit_to, make_model, text_windows
 
 from eckart.errors import NumericalError, OptionError
 from eckart.model.discovery import discover
@@ -50,6 +52,19 @@ def test_alternating_lowers_the_block_error_or_says_so(caplog):
     again = compressed(make_model())
     Alternating(batch=6).refine_(again)
     assert again.notes == work.notes
+
+
+def test_what_alternating_is_compared_with_has_not_seen_what_judges_it():
+    """A start that fits the held-out windows alone is not kept; with text of its own to judge on, it may be."""
+    work = compressed(make_model())
+    fit_to(work, work.windows[-2:])
+    Alternating(batch=6).refine_(work)
+    fair = compressed(make_model())
+    Alternating(batch=6).refine_(fair)
+    assert work.notes == fair.notes
+    judged = replace(compressed(make_model()), unseen=text_windows(3, seed=77))
+    Alternating(batch=6).refine_(judged)
+    assert judged.notes[0]["as_found"] != fair.notes[0]["as_found"]
 
 
 def test_the_missing_output_of_the_last_matrix_is_exact():

@@ -14,8 +14,8 @@ from eckart.errors import BudgetError, OptionError
 from eckart.maths.density import MEASURES
 from eckart.maths.lagrange import Bidder, integer_ranks, total
 from eckart.maths.rebalance import rebalance_
-from eckart.plans.grouping import FUSED_ATTENTION, KEY, QUERY, VALUE, matches
-from eckart.types import Budget, Entry, Group, Spectrum
+from eckart.plans.grouping import FUSED_ATTENTION, KEY, QUERY, VALUE, is_multi_head, matches
+from eckart.types import Budget, Entry, Group, Spectrum, Target
 
 logger = logging.getLogger(__name__)
 
@@ -25,16 +25,17 @@ logger = logging.getLogger(__name__)
 class EnergyEffectiveRank(Allocator):
     """Minimises `sum R_g / k_g` for each kind at the cost of uniform ranks (arXiv 2509.25622, sec. 3.2-3.3).
 
-    `beta` is the share of the ranks of queries and keys that goes to the values; "auto" is .30, .35
-    from 40 % removed, .40 from 50 %. `guard` "code" is the authors' released behaviour (a kind falls
-    back to uniform ranks when they discard less energy, `gate` always, queries, keys and values
-    never), "paper" has none, "every" guards all kinds. With `dense_cap` (ours) a group whose factors
-    would cost as much as its matrices stays dense. `scope` "model" lets kinds trade with each other.
-    `measure` is the density R. The last four name the roles that rebalancing and guard tell apart.
+    `guard` is what the authors' released code does and their text does not say: a kind falls back to uniform ranks
+    where these discard less energy. "multi_head", the branch of their LLaMA rows, has `gate` fall back always and
+    queries, keys and values never; "grouped", the branch of their LLaMA-3 and Mistral rows, has queries, keys and
+    `gate` fall back always. "code" takes the branch that the shapes call for, "every" judges all kinds, "paper" has no
+    guard. `beta` is the share of the ranks of queries and keys that goes to the values (`auto_beta`). With `dense_cap`
+    (ours) a group whose factors would cost as much as its matrices stays dense. `scope` "model" lets kinds trade with
+    each other. `measure` is the density R. The last four name the roles that rebalancing and guard tell apart.
     """
 
     beta: float | str = "auto"
-    guard: Literal["paper", "code", "every"] = "paper"
+    guard: Literal["code", "multi_head", "grouped", "every", "paper"] = "code"
     dense_cap: bool = False
     measure: Literal["energy_effective_rank", "effective_rank", "stable_rank", "rank_at_95"] = "energy_effective_rank"
     scope: Literal["kind", "model"] = "kind"
@@ -102,18 +103,30 @@ class EnergyEffectiveRank(Allocator):
 
     def _apply_guard(self, spectra: Sequence[Spectrum], ranks: list[int], uniform: Sequence[int]) -> set[int]:
         """Put uniform ranks where the guard demands it, in place; the indices of the groups that fell back."""
-        attention = (self.query, self.key, self.value, *FUSED_ATTENTION)
+        never, always_kinds = self._exempt(spectra)
         guarded: set[int] = set()
         for kind, members in _by_kind(spectra).items():
-            if self.guard == "paper" or (self.guard == "code" and matches(kind, attention)):
+            if matches(kind, never):
                 continue
-            always = self.guard == "code" and matches(kind, (self.gate,))
+            always = matches(kind, always_kinds)
             lost = [sum(spectra[i].error(chosen[i]) ** 2 for i in members) for chosen in (ranks, uniform)]
             if always or lost[0] >= lost[1]:
                 guarded.update(members)
                 for i in members:
                     ranks[i] = uniform[i]
         return guarded
+
+    def _exempt(self, spectra: Sequence[Spectrum]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Patterns of the kinds that never fall back to uniform ranks, and of those that always do."""
+        guard: str = self.guard
+        if guard == "code":
+            guard = "multi_head" if is_multi_head(_targets(spectra)) else "grouped"
+        return {
+            "paper": (("*",), ()),
+            "every": ((), ()),
+            "multi_head": ((self.query, self.key, self.value, *FUSED_ATTENTION), (self.gate,)),
+            "grouped": ((), (self.query, self.key, self.gate)),
+        }[guard]
 
     def _rebalance(
         self,
@@ -124,7 +137,7 @@ class EnergyEffectiveRank(Allocator):
         budget: Budget,
     ) -> None:
         """Rebalance every attention module that has all three roles, in place; say so if there is none."""
-        beta = auto_beta(budget.keep) if isinstance(self.beta, str) else ledger.share(self.beta)
+        beta = auto_beta(budget.keep, _targets(spectra)) if isinstance(self.beta, str) else ledger.share(self.beta)
         if beta == 0:
             return
         kinds, rebalanced = _by_kind(spectra), False
@@ -137,7 +150,8 @@ class EnergyEffectiveRank(Allocator):
             takers = [i for kind in roles[2] for i in kinds[kind]]
             for i in givers + takers:
                 details[i]["rank_before_rebalancing"] = ranks[i]
-            rebalance_(bidders, ranks, givers, takers, beta)
+            capped = [_as_taker(b, spectra[i]) if i in takers else b for i, b in enumerate(bidders)]
+            rebalance_(capped, ranks, givers, takers, beta)
             rebalanced = True
         if not rebalanced:
             logger.warning(
@@ -150,11 +164,30 @@ def _price(group: Group, storage: str, rank: int) -> int:
     return ledger.parameters(group, rank, storage)
 
 
-def auto_beta(keep: float) -> Fraction:
-    """The best of the paper's beta at each share removed: .30, .35 from 40 %, .40 from 50 %."""
+def auto_beta(keep: float, targets: Sequence[Target]) -> Fraction:
+    """.10 for grouped queries; else the paper's best at each share removed: .30, .35 from 40 %, .40 from 50 %.
+
+    The released calls have .10 for LLaMA-3 and Mistral. For LLaMA they have .20, but the paper's rows are those above.
+    """
+    if any(matches(target.kind, (KEY,)) for target in targets) and not is_multi_head(targets):
+        return Fraction(1, 10)
     removed = 1 - ledger.share(keep)
     percent = 40 if removed >= Fraction(1, 2) else 35 if removed >= Fraction(2, 5) else 30
     return Fraction(percent, 100)
+
+
+def _as_taker(bidder: Bidder, spectrum: Spectrum) -> Bidder:
+    """A group of values may be given ranks up to the width of one layer, as in the release.
+
+    The full rank of several narrow matrices side by side would cost more than they do.
+    """
+    if bidder.ceiling is not None:  # its cap is the dense matrix already
+        return bidder
+    return replace(bidder, cap=min(bidder.cap, spectrum.group.targets[0].out_features))
+
+
+def _targets(spectra: Sequence[Spectrum]) -> list[Target]:
+    return [target for spectrum in spectra for target in spectrum.group.targets]
 
 
 def _by_kind(spectra: Sequence[Spectrum]) -> dict[str, list[int]]:

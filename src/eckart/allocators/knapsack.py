@@ -4,16 +4,17 @@ Driven by measured curves, where the other allocators here go by spectra alone.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 from typing import ClassVar, Literal, final
 
 import torch
 
 from eckart import ledger
+from eckart.allocators._spectral_rest import spend_by_spectrum
 from eckart.allocators.base import Allocator, checked, entry_at
 from eckart.errors import BudgetError, OptionError
-from eckart.maths.curve_fit import filled
+from eckart.maths.curve_fit import filled, never_rising
 from eckart.types import Budget, Entry, Spectrum
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -39,10 +40,12 @@ class Knapsack(Allocator):
     out; each is measured on the first `windows` calibration windows, cut to `length` tokens.
     `measured` names fewer shares to measure; the curve through them (`eckart.maths.curve_fit`) gives the others.
 
-    `budget` "exact": costs are exact parameters and the budget is never exceeded. The table's unit is
+    `budget` "exact": costs are exact parameters and the budget is never exceeded. What more parameters made worse by
+    measurement is noise: curves are first made never to rise. The table's unit is
     the greatest common divisor of all costs where that gives at most 400,000 cells; the plan is then
     the optimum. Beyond, costs are rounded up to a unit and what that left over is spent on single
-    steps up. "published": costs in 1/10,000 of the model, rounded *down*, and the reachable total
+    steps up. What the curves see no use for goes where it lowers the discarded share of a group's energy most.
+    "published": costs in 1/10,000 of the model, rounded *down*, and the reachable total
     nearest to the target, as in the release; the plan may then keep more than was asked, and the
     ledger says how much.
     """
@@ -86,7 +89,10 @@ class Knapsack(Allocator):
         if self.budget == "published":
             picked = published(choices, budget.keep * total, total)
         else:
-            picked = exact(choices, ledger.allowed_parameters(groups, budget.keep))
+            choices = [_without_noise(options) for options in choices]
+            allowed = ledger.allowed_parameters(groups, budget.keep)
+            ranks = [options[p].rank for options, p in zip(choices, exact(choices, allowed), strict=True)]
+            return spend_by_spectrum(spectra, ranks, allowed, budget)
         return [entry_at(g, options[p].rank, budget) for g, options, p in zip(groups, choices, picked, strict=True)]
 
     def _choices(self, spectrum: Spectrum, budget: Budget) -> list[Choice]:
@@ -111,6 +117,12 @@ class Knapsack(Allocator):
             if cost <= group.parameters:
                 options.setdefault(cost, Choice(rank, cost, losses[share]))
         return [options[cost] for cost in sorted(options)]
+
+
+def _without_noise(options: Sequence[Choice]) -> list[Choice]:
+    """The options of one group, by rising cost, with losses that never rise."""
+    losses = never_rising([option.loss for option in options])
+    return [replace(option, loss=loss) for option, loss in zip(options, losses, strict=True)]
 
 
 def exact(choices: Sequence[Sequence[Choice]], allowed: int) -> list[int]:

@@ -46,6 +46,8 @@ class WaterLevel(Allocator):
 
     def allocate(self, spectra: Sequence[Spectrum], budget: Budget) -> list[Entry]:
         checked(spectra, budget)
+        if budget.keep == 1 and self.dense:
+            return [entry_at(s.group, None, budget) for s in spectra]
         groups = [spectrum.group for spectrum in spectra]
         curves = [self._curve(spectrum, budget) for spectrum in self._in_one_unit(spectra)]
         chosen = spend(curves, ledger.allowed_parameters(groups, budget.keep))

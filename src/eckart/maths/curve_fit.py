@@ -1,10 +1,11 @@
-"""Fill in a measured curve from few points: `loss(s) = loss(1) + a (s^-p - 1)`, falling to the dense model's at 1.
+"""Measured curves of loss against share: filled in from few points, and freed of noise that no true curve has.
 
-Between and beyond the measured shares a scaled power law stands in; measured points stay as measured.
-The error of this is measured in `benchmarks/duo_svd.py` (see `docs/methods/duo-svd.md`).
+Filling in: `loss(s) = loss(1) + a (s^-p - 1)`, falling to the dense model's at 1. Between and beyond the measured
+shares a scaled power law stands in; measured points stay as measured. The error of this is measured in
+`benchmarks/duo_svd.py` (see `docs/methods/duo-svd.md`).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 POWERS = tuple(0.05 * step for step in range(1, 161))  # p in (0, 8]
 
@@ -37,3 +38,15 @@ def fit(curve: Mapping[float, float]) -> tuple[float, float]:
 
     power = min(POWERS, key=lambda p: at(p)[0])
     return at(power)[1], power
+
+
+def never_rising(losses: Sequence[float]) -> list[float]:
+    """The sequence nearest to `losses` in squares that never rises (isotonic regression, by pooling neighbours)."""
+    pools: list[tuple[float, int]] = []  # mean and length of runs, each below the one before
+    for loss in losses:
+        mean, length = loss, 1
+        while pools and pools[-1][0] <= mean:
+            before, count = pools.pop()
+            mean, length = (before * count + mean * length) / (count + length), count + length
+        pools.append((mean, length))
+    return [mean for mean, length in pools for _ in range(length)]

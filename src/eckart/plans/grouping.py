@@ -68,7 +68,12 @@ def make_groups(targets: Sequence[Target], size: int, kinds: Sequence[str]) -> l
 
 
 def auto_size(targets: Sequence[Target]) -> int:
-    """D-Rank's group size: 2 for multi-head attention, 1 for grouped queries, told by shapes.
+    """D-Rank's group size: 2 for multi-head attention, 1 for grouped queries."""
+    return 2 if is_multi_head(targets) else 1
+
+
+def is_multi_head(targets: Sequence[Target]) -> bool:
+    """Whether all attention among the targets gives every query head its own keys, told by shapes.
 
     Keys as wide as queries, or a fused projection three times as wide as its input, are multi-head.
     """
@@ -83,7 +88,7 @@ def auto_size(targets: Sequence[Target]) -> int:
     multi_head = [
         w for w in widths.values() if set(w) & set(FUSED_ATTENTION) or (QUERY in w and w[QUERY] == w.get(KEY))
     ]
-    return 2 if multi_head and len(multi_head) == len(widths) else 1
+    return bool(multi_head) and len(multi_head) == len(widths)
 
 
 def matches(kind: str, patterns: Sequence[str]) -> bool:

@@ -30,6 +30,11 @@ def refinable(refinement: Refinement) -> frozenset[str]:
     return frozenset(name for name in plain_pairs(refinement) if readers[id(layers[name].basis.weight)] == 1)
 
 
+def has_unseen(refinement: Refinement) -> bool:
+    """Whether there is text that no statistic has seen, so that factors made from all windows can be judged fairly."""
+    return refinement.unseen is not None and len(refinement.unseen) > 0
+
+
 def split_windows(
     windows: Tensor, size: int, held_out: float, unseen: Tensor | None = None
 ) -> tuple[list[Tensor], list[int], list[int]]:

@@ -13,7 +13,7 @@ from eckart.linalg import DAMPING
 from eckart.model.operators import operator
 from eckart.model.recorder import Recorder
 from eckart.refiners._block_descent import BlockError
-from eckart.refiners._block_factors import factors_of, put_, refinable, split_windows
+from eckart.refiners._block_factors import factors_of, has_unseen, put_, refinable, split_windows
 from eckart.refiners._block_work import BlockWork
 from eckart.refiners._residual_target import blend, regress
 from eckart.refiners._two_streams import AtBlock, two_streams
@@ -32,8 +32,9 @@ class Alternating(Refiner):
     In forward order, each matrix is decomposed anew for what it now reads. One that writes to the
     residual stream (as wide as the stream, with an input of its own: o and down) is regressed on a blend:
     its own dense outputs and, with weight `share`, what the block's output still lacks. A step that does
-    not lower the block's output error on the share `held_out` of the windows is undone. `sweeps` times;
-    `target` and `batch` as in `block_collaborative`.
+    not lower the block's output error on what is held out is undone. `sweeps` times; `held_out`, `target` and `batch`
+    as in `block_collaborative`: without text that no statistic has seen, every matrix is first decomposed on the
+    training windows alone, and that is what steps are compared with.
     """
 
     target: Literal["anchored", "same_input"] = "anchored"
@@ -54,7 +55,7 @@ class Alternating(Refiner):
 
     @torch.no_grad()
     def refine_(self, refinement: Refinement) -> None:
-        batches, train, held_out = split_windows(refinement.windows, self.batch, self.held_out)
+        batches, train, held_out = split_windows(refinement.windows, self.batch, self.held_out, refinement.unseen)
         finished, changeable = BlockWork(refinement, "alternating", asdict(self)), refinable(refinement)
         for here in two_streams(refinement, batches, stage="alternate"):
             aims = here.aims(refinement.dense_weights, self.target)
@@ -79,16 +80,22 @@ class Alternating(Refiner):
         """
         train, held_out = split
         error = BlockError(here, aims)
-        before = lowest = error.over({}, held_out)
+        before = error.over({}, held_out)
         if not before < torch.inf:
             raise NumericalError(f"block {here.index}: its output holds NaN or infinity before any step.")
+        if not has_unseen(refinement):  # what is in place has seen what judges it
+            for stage in here.stages():
+                self._step(refinement, here, [target for target in stage if target.name in changeable], train)
+            before = error.over({}, held_out)
+        lowest = before
         kept = tried = 0
         for stage in here.stages() * self.sweeps:
             chosen = [target for target in stage if target.name in changeable]
             if not chosen:
                 continue
             old, tried = factors_of(here.block, chosen), tried + 1
-            self._step(refinement, here, stage, chosen, aims, train)
+            writes = len(stage) == 1 and stage[0].out_features == aims[0].shape[-1]
+            self._step(refinement, here, chosen, train, aims if writes and self.share > 0 else None)
             now = error.over({}, held_out)
             if now < lowest:
                 lowest, kept = now, kept + 1
@@ -100,19 +107,19 @@ class Alternating(Refiner):
         self,
         refinement: Refinement,
         here: AtBlock,
-        stage: Sequence[Target],
         chosen: Sequence[Target],
-        aims: Sequence[Tensor],
         train: Sequence[int],
+        aims: Sequence[Tensor] | None = None,
     ) -> None:
-        """Regress the matrices of one stage on what they read now."""
+        """Regress matrices that read the same on it; with `aims`, on what the block's output lacks of them, too."""
+        if not chosen:
+            return
         gram = here.input_gram(chosen[0], train).matrix
-        writes = len(stage) == 1 and stage[0].out_features == aims[0].shape[-1]
         for target in chosen:
             weight, layer = refinement.dense_weights[target.name], here.block.get_submodule(target.kind)
             assert isinstance(layer, FactorizedLayer)
             cross = weight.double() @ gram
-            if writes and self.share > 0:
+            if aims is not None:
                 cross = blend(cross, missing_cross(here, target, aims, train), self.share)
             basis, coefficients = regress(weight, cross, gram, layer.rank, self.damping)
             put_(here.block, {target.kind: (basis.to(weight.dtype), coefficients.to(weight.dtype))})

@@ -13,7 +13,7 @@ from eckart.linalg import DAMPING, Decomposition, Metric
 from eckart.maths.subspace import SOFTENING
 from eckart.model.operators import dense_again
 from eckart.refiners._block_descent import BlockError, Descent, Schedule, descend
-from eckart.refiners._block_factors import factors_of, put_, refinable, split_windows
+from eckart.refiners._block_factors import factors_of, has_unseen, put_, refinable, split_windows
 from eckart.refiners._block_forms import BlockForm, FreeFactors, Start, Subspaces, Whitenings, precise, tied
 from eckart.refiners._block_work import BlockWork
 from eckart.refiners._residual_metric import residual_metrics
@@ -41,13 +41,15 @@ class BlockCollaborative(Refiner):
     matrices of its block were replaced; without, from the inputs of the dense block.
 
     `start` "found" begins at the factors that are in place, whatever made them, instead of whitened
-    ones; only the form "free" can. Whatever made them has seen all windows, so text that no statistic has
-    seen is held out instead, where there is some. `metric` "gradient" weighs the output error by the Fisher information
-    of the dense model's residual stream there (`eckart.refiners._residual_metric`), with the shrinkage a =
-    `gradient_shrinkage` of that matrix towards its mean diagonal; 1 is the plain norm.
+    ones; only the form "free" can. What is held out is text that no statistic has seen (`Refinement.unseen`); where
+    there is none, the share `held_out` of the windows. The factors that were found have seen those, so a whitened
+    start is then compared with whitened factors of the other windows alone. `metric` "gradient" weighs the output
+    error by the Fisher information of the dense model's residual stream there
+    (`eckart.refiners._residual_metric`), with the shrinkage a = `gradient_shrinkage` of that matrix towards its mean
+    diagonal; 1 is the plain norm.
 
     `steps` (at most), `rate` and `batch` (windows in a step) are the descent's. Every `check_every` steps
-    the error on the share `held_out` of the windows is taken; less than `stop` relative gain over five
+    the error on what is held out is taken; less than `stop` relative gain over five
     checks ends the block. A block that gained nothing there goes back to its layer-wise factors and
     says so. Left as they are: dense targets, shared bases, storages other than a plain pair.
     """
@@ -93,8 +95,7 @@ class BlockCollaborative(Refiner):
         return self.metric == "gradient"
 
     def refine_(self, refinement: Refinement) -> None:
-        unseen = refinement.unseen if self.start == "found" else None
-        batches, train, held_out = split_windows(refinement.windows, self.batch, self.held_out, unseen)
+        batches, train, held_out = split_windows(refinement.windows, self.batch, self.held_out, refinement.unseen)
         finished = BlockWork(refinement, "block_collaborative", asdict(self))
         metrics: list[Tensor] | None = None
         if self.metric == "gradient":  # of the training windows: what is held out trains nothing
@@ -159,7 +160,7 @@ class _Job:
         if self.options.start == "whitened":
             form = self._start()
             layer_wise = error.over({}, self.held_out)
-            if layer_wise < safe.best:
+            if layer_wise < safe.best or not has_unseen(self.refinement):
                 safe = Descent(layer_wise, factors_of(self.block, self.chosen), 0)
             descent = self._run(form, error, Schedule(*self._schedule("steps", "rate")))
             notes |= {"layer_wise": layer_wise, "reached": descent.best, "steps": descent.steps}
