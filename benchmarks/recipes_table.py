@@ -25,7 +25,8 @@ def make_recipes_table(results: Path) -> str:
     rows, dense = read_rows(results)
     names = [name for name in ORDER if name in rows]
     lines = [
-        "SmolLM2-135M-Instruct, calibrated on the first 32 windows of 512 tokens of the WikiText-2 validation text.",
+        "SmolLM2-135M-Instruct (4-bit source: a quantised file, dequantised), calibrated on the first 32 windows of",
+        "512 tokens of the WikiText-2 validation text.",
         "Perplexity on the first 8 windows of 512 of its test text / of the second half of Python's documentation,",
         "which is unlike it. In bold the best of a column. "
         f"Dense: {number(dense['wikitext-2'])} / {number(dense['python-docs'])}.",

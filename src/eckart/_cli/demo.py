@@ -17,7 +17,7 @@ def demo(
     recipe: Recipe = "eckart",
     as_json: Json = False,
 ) -> None:
-    """The whole job on a real 135M model that comes from the package registry; no hub, no data needed.
+    """The whole job on a real 135M model (a 4-bit file, dequantised) from the package registry; no hub, no data needed.
 
     Example: `eckart demo --keep 0.9`
     """
