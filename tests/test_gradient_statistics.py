@@ -161,3 +161,50 @@ def test_infinite_gradients_stop_with_the_name_of_the_module():
         model.model.norm.weight[0] = 1e38
     with pytest.raises(NumericalError, match=r"model\.layers\.1\.\S+: NaN or infinity in its gradients"):
         collect(model, token_windows(), Need.TRUE_GRADIENT_GRAM)
+
+
+def used_by_autograd(model, windows):
+    """Inputs, outputs without the bias, and gradients at every target, for the text's own labels, from one plain run."""
+    seen, handles = {}, []
+    for target in discover(model).targets:
+        name, module = target.name, model.get_submodule(target.name)
+        handles.append(module.register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args[0]})))
+    gradients = gradients_by_autograd(model, windows, windows[:, 1:])
+    for handle in handles:
+        handle.remove()
+    found = {}
+    for name, g in gradients.items():
+        x = seen[name].detach().reshape(-1, seen[name].shape[-1]).double()
+        found[name] = (x, x @ weight_view(model.get_submodule(name)).double().T, g)
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weighed_grams_equal_a_plain_loop_over_tokens(family):
+    """`sum_t (g^T G^-1 g / out) z z^T` with G the mean of `g g^T`, a tenth of it its mean diagonal; z on the smaller side."""
+    model, windows = tiny_models()[family](), token_windows()
+    collected = collect(model, windows, Need.WEIGHED_GRAM, Need.TRUE_GRADIENT_GRAM)
+    for name, (x, y, g) in used_by_autograd(model, windows).items():
+        mean = g.T @ g / (windows.shape[0] * (windows.shape[1] - 1))
+        shrunk = 0.9 * mean + 0.1 * mean.diagonal().mean() * torch.eye(len(mean), dtype=torch.float64)
+        weights = [float(row @ torch.linalg.solve(shrunk, row)) / len(row) for row in g]
+        wide = y.shape[1] <= x.shape[1]
+        expected = sum(w * torch.outer(z, z) for w, z in zip(weights, y if wide else x, strict=True))
+        found = collected[name].output_gram if wide else collected[name].input_gram
+        torch.testing.assert_close(found.matrix, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+        energy = sum(w * float(row @ row) for w, row in zip(weights, x, strict=True)) / x.shape[1]
+        assert collected[name].input_energy == pytest.approx(energy, rel=1e-3)
+        assert collected[name].tokens == windows.numel()
+
+
+def test_weights_do_not_depend_on_the_batches_and_the_gradients_move_on_as_before():
+    model, windows = tiny_models()["llama"](), token_windows()
+    plain = collect(model, windows, Need.SMALLER_GRAM, Need.GRADIENT_GRAM)
+    small, large = (collect(model, windows, Need.WEIGHED_GRAM, Need.GRADIENT_GRAM, batch_tokens=b) for b in (12, 1000))
+    for name, found in small.items():
+        for grams in ("gradient_gram", "pulled_gradient_gram", "input_gram", "output_gram"):
+            one, other = getattr(found, grams), getattr(large[name], grams)
+            assert (one is None) == (other is None)
+            if one is not None:
+                torch.testing.assert_close(one.matrix, other.matrix, rtol=1e-3, atol=1e-6 + 1e-4 * one.matrix.abs().max())
+        assert found.gradient_energy == pytest.approx(plain[name].gradient_energy, rel=1e-5)

@@ -23,6 +23,8 @@ LABELS = {
     "true": Need.TRUE_GRADIENT_GRAM,
 }
 
+INPUTS = {"plain": Need.SMALLER_GRAM, "weighed": Need.WEIGHED_GRAM}
+
 
 @final
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class TwoSided(Factorizer):
     (Martens and Grosse, arXiv 1503.05671); with `G = L L^T` the product is `L^T W R`, transposed.
     `labels = "sampled"` from the model's own predictions makes it the Fisher information, and the
     loss the KL divergence from the dense model; `"mixed"` estimates the same with less noise, by all
-    labels at once under random signs; `"true"` is the empirical Fisher. A shrinkage a in
+    labels at once under random signs; `"true"` is the empirical Fisher. `inputs = "weighed"` gives each token of H the
+    weight that its gradient has in G (`eckart.statistics.weighed`). A shrinkage a in
     [0, 1) replaces a Gram K by `(1 - a) K + a mean(diag K) I`; "auto" for gradients chooses a for each group by
     held-out prediction (`eckart.factorizers._shrinkage`). What is not modelled: errors of different weights and of
     different tokens are taken to be independent.
@@ -42,6 +45,7 @@ class TwoSided(Factorizer):
     input_shrinkage: float = 1e-4
     gradient_shrinkage: float | str = 0.1
     labels: Literal["sampled", "mixed", "true"] = "sampled"
+    inputs: Literal["weighed", "plain"] = "weighed"
 
     def __post_init__(self) -> None:
         if not 0 <= self.input_shrinkage < 1:
@@ -52,7 +56,7 @@ class TwoSided(Factorizer):
 
     @property
     def needs(self) -> tuple[Need, ...]:  # type: ignore[override]
-        return (Need.SMALLER_GRAM, LABELS[self.labels])
+        return (INPUTS[self.inputs], LABELS[self.labels])
 
     def decompose(self, group: Group, weights: Sequence[Tensor], statistics: GroupStatistics) -> GroupDecomposition:
         """Decompose as every factorizer does, "auto" replaced by its choice before that."""

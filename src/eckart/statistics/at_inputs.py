@@ -19,15 +19,19 @@ def collect_input(
     needs: frozenset[Need],
     whole_gram: Collection[str] = (),
 ) -> None:
-    """Add one input tensor `[batch, seq, in]` to the statistics of the linears that read it."""
+    """Add one input tensor `[batch, seq, in]` to the statistics of the linears that read it; without needs, count."""
     x = x.reshape(-1, x.shape[-1])
+    if not needs:
+        for target, _ in members:
+            result[target.name].tokens += x.shape[0]
+        return
     leader = result[members[0][0].name]
     if leader.tokens == 0:
         _choose_grams(members, result, needs, whole_gram, x.device)
     grams = {id(g): g for g in (result[t.name].input_gram for t, _ in members) if g is not None}
     for gram in grams.values():
         gram.add_(x)
-    energy = float(x.float().square().sum(dtype=torch.float64)) / x.shape[-1] if needs else 0.0
+    energy = float(x.float().square().sum(dtype=torch.float64)) / x.shape[-1]
     absolute = x.abs().sum(0, dtype=torch.float64) if Need.INPUT_ABSMEAN in needs else None
     for target, y in members:
         statistics = result[target.name]

@@ -5,19 +5,16 @@ those of activations, of which a matrix keeps the Gram on its smaller side.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from eckart.errors import NumericalError
-from eckart.model.calls import Call
-from eckart.model.recorder import Recorder
 from eckart.model.residence import Residence
-from eckart.model.store import Store
 from eckart.model.walk import Stream, tail_of
 from eckart.progress import Progress, track
 from eckart.statistics.at_inputs import collect_input, finish_inputs
+from eckart.statistics.recomputed import Backward, Use, recompute
 from eckart.statistics.sums import (
     GRADIENT_GRAM_NEEDS,
     GRADIENT_NEEDS,
@@ -27,22 +24,9 @@ from eckart.statistics.sums import (
     Statistics,
     mark_three_quarters,
 )
+from eckart.statistics.weighed import TokenWeights, add_weighed
 from eckart.support.memory import give_back
 from eckart.types import Target
-
-
-@dataclass(frozen=True)
-class Backward:
-    """Where a backward run is, batch by batch: what enters `block`, how it is called, the loss gradients.
-
-    `gradients[i]` `[batch, seq, width]` is at the block's output; `backward_block` moves it to the entrance.
-    """
-
-    index: int
-    block: nn.Module
-    entrances: Store
-    calls: list[Call]
-    gradients: list[Tensor]
 
 
 def check_labels(needs: frozenset[Need]) -> None:
@@ -122,45 +106,38 @@ def backward_block(
 ) -> dict[str, Statistics]:
     """Recompute one block, collect its statistics, and move the gradients to its entrance, in place."""
     result = {target.name: Statistics() for target in targets}
-    gradients = at.gradients
-    for index, (entrance, call) in enumerate(zip(at.entrances, at.calls, strict=True)):
-        entrance = entrance.detach().requires_grad_()
-        with Recorder(block, targets, own_inputs=True) as recorder, torch.enable_grad():
-            output = call.run(block, entrance)
-            # What only chooses, such as an indexer of sparse attention, runs apart from the gradient or ends there.
-            uses = [(target, x, y) for target, x, y in recorder.uses if y.requires_grad]
-            tall = [x for target, x, _ in uses if needs & GRADIENT_GRAM_NEEDS and _is_tall(target)]
-            tensors = [entrance, *(y for _, _, y in uses), *tall]
-            found: Sequence[Tensor | None] = torch.autograd.grad(output, tensors, gradients[index], allow_unused=True)
-        at_entrance, inner_gradients = found[0], found[1:]
-        assert at_entrance is not None
-        gradients[index] = at_entrance
-        for target, _, y in recorder.uses:
-            result[target.name].without_gradient |= not y.requires_grad
-        at_inputs = iter(inner_gradients[len(uses) :])
-        for (target, x, _), gradient in zip(uses, inner_gradients[: len(uses)], strict=True):
-            statistics, windows = result[target.name], len(entrance)
-            pulled = next(at_inputs) if needs & GRADIENT_GRAM_NEEDS and _is_tall(target) else None
-            if gradient is None:
+    at_inputs = needs - GRADIENT_NEEDS - {Need.WEIGHED_GRAM}
+    weights = TokenWeights.of(block, targets, at) if Need.WEIGHED_GRAM in needs else None
+    for index in range(len(at.calls)):
+        here = recompute(block, targets, at, index, at_tall_inputs=bool(needs & GRADIENT_GRAM_NEEDS))
+        for use in here.uses:
+            statistics = result[use.target.name]
+            if use.gradient is None:
                 statistics.without_gradient = True
                 continue
-            if needs & GRADIENT_GRAM_NEEDS:
-                _add_gradient(statistics, target, gradient, pulled)
-                statistics.predictions += windows * (entrance.shape[1] - 1)
-            if Need.WEIGHT_FISHER in needs:
-                _add_weight_fisher(statistics, _per_window(x.detach(), windows), _per_window(gradient, windows))
-        for x, members in recorder.by_input():
-            outputs = [(t, y.detach()) for t, y in members]
-            collect_input(x.detach(), outputs, block, result, needs - GRADIENT_NEEDS, whole_gram)
-        mark_three_quarters(result.values(), index + 1, len(at.entrances))
+            _add(statistics, use, at.gradients[index].shape[:2], needs)
+            if weights is not None:
+                weight = weights(use.target, use.gradient)
+                add_weighed(statistics, use, block, weight, use.target.name in whole_gram)
+        for x, members in here.by_input:
+            collect_input(x, members, block, result, at_inputs, whole_gram)
+        at.gradients[index] = here.at_entrance
+        mark_three_quarters(result.values(), index + 1, len(at.calls))
     for target in targets:
         finish_inputs(target, result[target.name], needs - GRADIENT_NEEDS)
         _check(target, result[target.name])
     return result
 
 
-def _is_tall(target: Target) -> bool:
-    return target.out_features > target.in_features
+def _add(statistics: Statistics, use: Use, batch: Sequence[int], needs: frozenset[Need]) -> None:
+    """Add what is collected from the gradients of one run; `batch` is its windows and their length."""
+    assert use.gradient is not None
+    windows, length = batch
+    if needs & GRADIENT_GRAM_NEEDS:
+        _add_gradient(statistics, use.target, use.gradient, use.at_input)
+        statistics.predictions += windows * (length - 1)
+    if Need.WEIGHT_FISHER in needs:
+        _add_weight_fisher(statistics, _per_window(use.x, windows), _per_window(use.gradient, windows))
 
 
 def _per_window(tensor: Tensor, windows: int) -> Tensor:

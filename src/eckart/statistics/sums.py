@@ -16,6 +16,7 @@ class Need(StrEnum):
 
     SMALLER_GRAM = "smaller_gram"  # the input Gram, or the output Gram where that is smaller
     INPUT_GRAM = "input_gram"  # sum of x x^T over tokens, [in, in]
+    WEIGHED_GRAM = "weighed_gram"  # as smaller_gram, each token weighed by its gradients (`statistics.weighed`)
     INPUT_ABSMEAN = "input_absmean"  # mean of |x| over tokens, [in]
     WEIGHT_FISHER = "weight_fisher"  # squared loss gradients of the weight, summed per input and per output
     GRADIENT_GRAM = "gradient_gram"  # sum of g g^T, g = dloss/doutput, or its pull-back through the weight; smaller

@@ -22,7 +22,8 @@ from eckart.model.residence import residence_of
 from eckart.model.walk import BATCH_TOKENS, At, Stream, open_stream, split_batches, walk
 from eckart.progress import Progress, silent
 from eckart.statistics.at_inputs import collect_input, finish_inputs
-from eckart.statistics.at_outputs import Backward, backward_block, check_labels, loss_gradients
+from eckart.statistics.at_outputs import backward_block, check_labels, loss_gradients
+from eckart.statistics.recomputed import Backward
 from eckart.statistics.sums import GRADIENT_NEEDS, Need, Statistics, mark_three_quarters
 from eckart.types import Target
 

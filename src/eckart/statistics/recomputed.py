@@ -1,0 +1,73 @@
+"""One block of a backward run, recomputed on one batch: what its linear maps read, gave, and the gradients there."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from eckart.model.calls import Call
+from eckart.model.recorder import Recorder
+from eckart.model.store import Store
+from eckart.types import Target
+
+
+@dataclass(frozen=True)
+class Backward:
+    """Where a backward run is, batch by batch: what enters `block`, how it is called, the loss gradients.
+
+    `gradients[i]` `[batch, seq, width]` is at the block's output; `backward_block` moves it to the entrance.
+    """
+
+    index: int
+    block: nn.Module
+    entrances: Store
+    calls: list[Call]
+    gradients: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Use:
+    """One call of a layer: what it read and gave, `[..., in]` and `[..., out]`, and the loss gradients at both.
+
+    `gradient` is at the output, None where no gradient arrives. `at_input` is the layer's own share of the gradient at
+    its input, for tall layers, where it was asked for.
+    """
+
+    target: Target
+    x: Tensor
+    y: Tensor
+    gradient: Tensor | None
+    at_input: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """What a run gave: the gradient at the block's entrance, every use, and inputs with the layers that share them."""
+
+    at_entrance: Tensor
+    uses: list[Use]
+    by_input: list[tuple[Tensor, list[tuple[Target, Tensor]]]]
+
+
+def recompute(
+    block: nn.Module, targets: Sequence[Target], at: Backward, index: int, *, at_tall_inputs: bool = False
+) -> Recomputed:
+    """Run the block on batch `index` and take the gradients back through it; nothing is moved."""
+    entrance = at.entrances[index].detach().requires_grad_()
+    with Recorder(block, targets, own_inputs=True) as recorder, torch.enable_grad():
+        output = at.calls[index].run(block, entrance)
+        # What only chooses, such as an indexer of sparse attention, runs apart from the gradient or ends there.
+        reached = [(target, x, y) for target, x, y in recorder.uses if y.requires_grad]
+        tall = [x for target, x, _ in reached if at_tall_inputs and target.out_features > target.in_features]
+        tensors = [entrance, *(y for _, _, y in reached), *tall]
+        found = torch.autograd.grad(output, tensors, at.gradients[index], allow_unused=True)
+    at_outputs, at_inputs = iter(found[1 : 1 + len(reached)]), iter(found[1 + len(reached) :])
+    uses = []
+    for target, x, y in recorder.uses:
+        gradient = next(at_outputs) if y.requires_grad else None
+        wanted = y.requires_grad and at_tall_inputs and target.out_features > target.in_features
+        uses.append(Use(target, x.detach(), y.detach(), gradient, next(at_inputs) if wanted else None))
+    shared = [(x.detach(), [(target, y.detach()) for target, y in members]) for x, members in recorder.by_input()]
+    assert found[0] is not None
+    return Recomputed(found[0], uses, shared)
