@@ -41,7 +41,7 @@ def measure_recipes(model_path: str, calibration: str, test: str, report: dict, 
     report["data"] = {"calibration": named(bench.text.read()), "test": named(tests)}
     rows["dense"] = {"perplexity": perplexity(bench.model, list(tests.ids)).value}
     for name in RECIPES:
-        recipe = recipes.find(name)
+        recipe = recipes.find(name, {"allocator": "uniform"})
         start = time.perf_counter()
         bench.decompose(recipe)
         seconds = time.perf_counter() - start

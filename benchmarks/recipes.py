@@ -27,7 +27,7 @@ WIDE, NARROW = (0.9, 0.8, 0.7, 0.6, 0.5), (0.8, 0.6)
 RECIPES = {  # name of a row: recipe, its options, shares
     "svd": ("svd", {}, NARROW),
     "fwsvd": ("fwsvd", {}, NARROW),
-    "asvd": ("asvd", {}, NARROW),
+    "asvd": ("asvd", {"allocator": "uniform"}, NARROW),
     "svd-llm": ("svd-llm", {}, WIDE),
     "basis-sharing": ("basis-sharing", {}, NARROW),
     "d-rank": ("d-rank", {}, WIDE),

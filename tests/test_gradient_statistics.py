@@ -164,7 +164,7 @@ def test_infinite_gradients_stop_with_the_name_of_the_module():
 
 
 def used_by_autograd(model, windows):
-    """Inputs, outputs without the bias, and gradients at every target, for the text's own labels, from one plain run."""
+    """Inputs, outputs without the bias, and gradients of the text's own labels at every target, from one plain run."""
     seen, handles = {}, []
     for target in discover(model).targets:
         name, module = target.name, model.get_submodule(target.name)
@@ -181,7 +181,7 @@ def used_by_autograd(model, windows):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weighed_grams_equal_a_plain_loop_over_tokens(family):
-    """`sum_t (g^T G^-1 g / out) z z^T` with G the mean of `g g^T`, a tenth of it its mean diagonal; z on the smaller side."""
+    """`sum_t (g^T G^-1 g / out) z z^T`, G the mean of `g g^T`, a tenth of it its mean diagonal; z on the smaller side."""
     model, windows = tiny_models()[family](), token_windows()
     collected = collect(model, windows, Need.WEIGHED_GRAM, Need.TRUE_GRADIENT_GRAM)
     for name, (x, y, g) in used_by_autograd(model, windows).items():
@@ -206,5 +206,7 @@ def test_weights_do_not_depend_on_the_batches_and_the_gradients_move_on_as_befor
             one, other = getattr(found, grams), getattr(large[name], grams)
             assert (one is None) == (other is None)
             if one is not None:
-                torch.testing.assert_close(one.matrix, other.matrix, rtol=1e-3, atol=1e-6 + 1e-4 * one.matrix.abs().max())
+                torch.testing.assert_close(
+                    one.matrix, other.matrix, rtol=1e-3, atol=1e-6 + 1e-4 * one.matrix.abs().max()
+                )
         assert found.gradient_energy == pytest.approx(plain[name].gradient_energy, rel=1e-5)

@@ -120,7 +120,7 @@ def problems_spectra() -> list[Spectrum]:
             steps = torch.rand(group.full_rank, generator=generator, dtype=torch.float64) * (0.1 + 0.2 * block)
             values = torch.exp(-steps.cumsum(0)) * (1 + block)
             measured = {share / 10: (block + 1) * ((10 / share) ** (1 + rows / 24) - 1) for share in range(1, 11)}
-            observed = {"sensitivity": measured, "similarity": 0.9 - 0.1 * block}
+            observed = {"sensitivity": measured, "sensitivity_alone": measured, "similarity": 0.9 - 0.1 * block}
             spectra.append(Spectrum(group, values, observed=observed))
     return spectra
 

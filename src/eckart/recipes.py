@@ -98,8 +98,13 @@ BUILT_IN = {
     for recipe in (
         Recipe("svd", "svd", about="plain truncated SVD; no data needed"),
         Recipe("fwsvd", "fwsvd", about="Fisher-weighted SVD (arXiv 2207.00112)"),
-        Recipe("asvd", "asvd", about="activation-aware SVD (arXiv 2312.05821), uniform ranks"),
-        Recipe("svd-llm", "svd_llm", about="truncation-aware whitening (arXiv 2403.07378), uniform ranks"),
+        Recipe(
+            "asvd",
+            "asvd",
+            "sensitivity_threshold",
+            about="activation-aware SVD with its rank search (arXiv 2312.05821)",
+        ),
+        Recipe("svd-llm", "svd_llm", about="truncation-aware whitening, SVD-LLM (W) (arXiv 2403.07378), uniform ranks"),
         Recipe(
             "eckart",
             "two_sided",
