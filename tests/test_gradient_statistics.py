@@ -181,7 +181,7 @@ def used_by_autograd(model, windows):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weighed_grams_equal_a_plain_loop_over_tokens(family):
-    """`sum_t (g^T G^-1 g / out) z z^T`, G the mean of `g g^T`, a tenth of it its mean diagonal; z on the smaller side."""
+    """`sum_t (g^T G^-1 g / out) z z^T`, G the mean `g g^T`, a tenth of it its mean diagonal; z on the smaller side."""
     model, windows = tiny_models()[family](), token_windows()
     collected = collect(model, windows, Need.WEIGHED_GRAM, Need.TRUE_GRADIENT_GRAM)
     for name, (x, y, g) in used_by_autograd(model, windows).items():
