@@ -24,6 +24,7 @@ from eckart.text.data import load_windows
 from eckart.types import Budget
 
 BETAS = (0, 0.1, 0.2, 0.3, 0.4)
+PRINTED = {"guard": "paper"}  # the rule as printed, where a row names no other guard
 
 
 def configurations(size: int) -> Iterator[tuple[str, str, dict, str | None]]:
@@ -31,8 +32,8 @@ def configurations(size: int) -> Iterator[tuple[str, str, dict, str | None]]:
     ranks = "energy_effective_rank"
     shared = {"grouping.size": size, "refiners": "none"}
     yield f"uniform n={size}", "basis-sharing", shared, None
-    variants = [({}, BETAS), ({"guard": "code"}, BETAS), ({"dense_cap": True}, BETAS)]
-    variants += [({"guard": "code", "dense_cap": True}, (0.1, 0.3))]
+    variants = [({}, BETAS), ({"guard": "multi_head"}, BETAS), ({"dense_cap": True}, BETAS)]
+    variants += [({"guard": "multi_head", "dense_cap": True}, (0.1, 0.3)), ({"guard": "grouped"}, (0, 0.1))]
     if size == 1:
         others = ("effective_rank", "stable_rank", "rank_at_95")
         variants += [({"guard": "every"}, (0, 0.1, 0.2))]
@@ -40,14 +41,15 @@ def configurations(size: int) -> Iterator[tuple[str, str, dict, str | None]]:
     for options, betas in variants:
         for beta in betas:
             label = " ".join(["d-rank", f"n={size}", f"beta={beta}", *(f"{k}={v}" for k, v in options.items())])
-            named = {f"allocator.{k}": v for k, v in {**options, "beta": beta}.items()}
+            named = {f"allocator.{k}": v for k, v in {**PRINTED, **options, "beta": beta}.items()}
             yield label, "d-rank", {**shared, **named}, None
-    for label, recipe, options in (("uniform", "basis-sharing", {}), ("d-rank", "d-rank", {}),
-                                   ("d-rank dense_cap", "d-rank", {"allocator.dense_cap": True})):  # fmt: skip
+    printed = {f"allocator.{key}": value for key, value in PRINTED.items()}
+    for label, recipe, options in (("uniform", "basis-sharing", {}), ("d-rank", "d-rank", printed),
+                                   ("d-rank dense_cap", "d-rank", {**printed, "allocator.dense_cap": True})):  # fmt: skip
         yield f"{label} n={size} refitted", recipe, {"grouping.size": size, **options}, None
     if size == 1:
         for kind in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
-            yield f"{ranks} for {kind} alone", "d-rank", {**shared, "allocator.beta": 0}, kind
+            yield f"{ranks} for {kind} alone", "d-rank", {**shared, **printed, "allocator.beta": 0}, kind
 
 
 class Table:
