@@ -44,8 +44,10 @@ def configurations(size: int) -> Iterator[tuple[str, str, dict, str | None]]:
             named = {f"allocator.{k}": v for k, v in {**PRINTED, **options, "beta": beta}.items()}
             yield label, "d-rank", {**shared, **named}, None
     printed = {f"allocator.{key}": value for key, value in PRINTED.items()}
-    for label, recipe, options in (("uniform", "basis-sharing", {}), ("d-rank", "d-rank", printed),
-                                   ("d-rank dense_cap", "d-rank", {**printed, "allocator.dense_cap": True})):  # fmt: skip
+    refitted = {"d-rank": {**printed, "allocator.beta": 0.35}}
+    refitted["d-rank dense_cap"] = {**refitted["d-rank"], "allocator.dense_cap": True}
+    for label, options in ({"uniform": {}} | refitted).items():
+        recipe = "d-rank" if options else "basis-sharing"
         yield f"{label} n={size} refitted", recipe, {"grouping.size": size, **options}, None
     if size == 1:
         for kind in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
