@@ -18,6 +18,7 @@ from eckart.testing import check_factorizer, tiny_models, tiny_tokenizer
 from eckart.types import Group, Target
 
 CANDIDATES = (0.03, 0.1, 0.3)
+INPUTS = TwoSided().input_shrinkage
 FEW = [(9, 14), (14, 9), (11, 11)]
 TEXT = "".join(chr(97 + int(i)) for i in torch.randint(26, (20_000,), generator=torch.Generator().manual_seed(0)))
 
@@ -82,7 +83,7 @@ def explicit_losses(weight, early, late, shares=(0.6, 0.8)):
     out_features, in_features = weight.shape
     ranks = [floor(share * out_features * in_features / (out_features + in_features)) for share in shares]
     return {
-        a: sum(loss_of(weight - explicit_cut(weight, *early, 1e-4, a, rank), *late) for rank in ranks)
+        a: sum(loss_of(weight - explicit_cut(weight, *early, INPUTS, a, rank), *late) for rank in ranks)
         for a in CANDIDATES
     }
 
@@ -120,13 +121,31 @@ def test_the_held_out_losses_are_those_of_explicit_cuts(shape):
     assert made.details["gradient_shrinkage"] == min(expected, key=expected.__getitem__)
 
 
+@pytest.mark.parametrize("shape", FEW)
+def test_unseen_losses_are_those_of_explicit_cuts_on_the_last_quarter(shape):
+    """In nats per token, at every rank where they fall; the cuts themselves are made from all of the text."""
+    weight = normal(*shape, seed=1)
+    early, late = tokens_of(weight, 30, seed=2), tokens_of(weight, 12, seed=4)
+    statistics = GroupStatistics((marked(weight, early, late),))
+    spectrum = TwoSided().decompose(group_of(*shape), [weight], statistics).spectrum
+    full = min(shape)
+    explicit = [loss_of(weight - explicit_cut(weight, *early, INPUTS, 0.1, rank), *late) for rank in range(full)]
+    expected = [max(explicit[rank:]) for rank in range(full)]  # a higher rank never loses more
+    assert [spectrum.loss(rank) for rank in range(full)] == pytest.approx(expected, rel=1e-6)
+    assert spectrum.loss(full) == 0.0
+    seen = TwoSided(losses="seen").decompose(group_of(*shape), [weight], statistics).spectrum
+    assert seen.unseen is None
+    assert torch.equal(seen.values, spectrum.values)
+    assert spectrum.loss(full // 2) > seen.loss(full // 2)
+
+
 def test_the_choice_is_used_with_all_of_the_text():
     weight = normal(9, 14, seed=1)
     early, late = tokens_of(weight, 30, seed=2), tokens_of(weight, 12, seed=4)
     statistics = GroupStatistics((marked(weight, early, late),))
     made = TwoSided(gradient_shrinkage="auto").decompose(group_of(9, 14), [weight], statistics)
     all_of_it = [torch.cat(pair) for pair in zip(early, late, strict=True)]
-    expected = explicit_cut(weight, *all_of_it, 1e-4, made.details["gradient_shrinkage"], 4)
+    expected = explicit_cut(weight, *all_of_it, INPUTS, made.details["gradient_shrinkage"], 4)
     torch.testing.assert_close(made.truncate(4).product(), expected, rtol=1e-9, atol=1e-9)
     fixed = TwoSided(gradient_shrinkage=made.details["gradient_shrinkage"])
     assert made.spectrum.loss(4) == fixed.decompose(group_of(9, 14), [weight], statistics).spectrum.loss(4)

@@ -147,3 +147,21 @@ def test_scaling_one_group_changes_nothing_when_normalised():
 def test_impossible_floors_are_refused(options):
     with pytest.raises(OptionError, match=r"water_level\.floor"):
         WaterLevel(**options)
+
+
+def test_equal_spectra_do_not_end_as_dense_ones_and_rank_one():
+    """Where costs are concave the additive optimum is at the ends; the floor keeps every matrix alive."""
+    spectra = [
+        Spectrum(Group((Target(f"b.{i}.x", i, "x", 40, 40, False),)), torch.ones(40, dtype=torch.float64), 1.0)
+        for i in range(4)
+    ]
+    ranks = [entry.rank for entry in WaterLevel().allocate(spectra, Budget(0.5, storage="pivoted"))]
+    assert min(40 if rank is None else rank for rank in ranks) >= 2
+    bare = [entry.rank for entry in WaterLevel(floor_share=0).allocate(spectra, Budget(0.5, storage="pivoted"))]
+    assert 1 in bare
+
+
+def test_a_full_budget_is_the_dense_model():
+    """Also for a spectrum that is zero, which nothing could be lost of."""
+    spectra = [Spectrum(s.group, torch.zeros_like(s.values), 1.0) for s in problems_spectra()[:2]]
+    assert [entry.rank for entry in WaterLevel().allocate(spectra, Budget(1.0, storage="pivoted"))] == [None, None]

@@ -112,10 +112,11 @@ class Entry:
 class Spectrum:
     """What an allocator sees of a group: its singular values in the metric of its factorizer.
 
-    `values` is `[full_rank]`, float64 on the CPU, falling. Cutting at rank r makes the error
-    `sqrt(sum_{i>r} values_i^2)` in that metric (Eckart and Young 1936). `nats` turns a squared error
-    into a predicted loss in nats per token; it is `None` for a metric that does not measure the
-    model's loss (every one without gradients), and then `loss` is `None` as well. `observed` holds
+    `values` is `[full_rank]`, float64 on the CPU, falling. Cutting at rank r makes the error `sqrt(sum_{i>r}
+    values_i^2)` in that metric (Eckart and Young 1936). `nats` turns a squared error into a predicted loss in nats
+    per token; it is `None` for a metric that does not measure the model's loss (every one without gradients), and
+    then `loss` is `None` as well. `unseen` `[full_rank + 1]` are the squared errors at every rank on text that did
+    not make the cuts, where somebody has measured them: what a text says of its own cuts is too low. `observed` holds
     what an allocator asked to be measured, by name (`eckart.measuring.scene`): "sensitivity" is `{share: KL of the
     model's output}` when this group alone is moved to a share, "similarity" the cosine between what enters and what
     leaves the group's block.
@@ -125,6 +126,7 @@ class Spectrum:
     values: Tensor
     nats: float | None = None
     observed: Mapping[str, Any] = field(default_factory=dict)
+    unseen: Tensor | None = None
 
     def error(self, rank: int) -> float:
         """Truncation error at `rank`, in the unit of the metric."""
@@ -136,6 +138,11 @@ class Spectrum:
         squares = self.values.square()
         return torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
 
+    @property
+    def expected(self) -> Tensor:
+        """Squared error to expect at every rank from 0 to full, `[full_rank + 1]`: `unseen` where it is known."""
+        return self.tails if self.unseen is None else self.unseen
+
     def loss(self, rank: int | None) -> float | None:
         """Predicted loss at `rank` in nats per token (0 for `None`, dense), or `None` if the metric cannot say.
 
@@ -143,7 +150,7 @@ class Spectrum:
         """
         if self.nats is None:
             return None
-        return 0.0 if rank is None else self.nats * self.error(rank) ** 2
+        return 0.0 if rank is None else self.nats * float(self.expected[rank])
 
     @property
     def energy(self) -> float:

@@ -1,7 +1,7 @@
 """Water level: every group is cut where one more parameter saves equally much loss, over the whole model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import final
 
@@ -21,17 +21,17 @@ DENSE = 0  # the label of the choice to leave a group dense
 class WaterLevel(Allocator):
     """Minimises the summed loss under the budget, over the lower hull of each group's (cost, loss) curve.
 
-    The loss is the predicted one in nats per token where every spectrum knows it, else the squared
-    truncation error. `normalise` divides each group's loss by what rank 0 would lose, for metrics
-    whose groups do not speak one unit. The budget's storage prices the ranks; `dense` allows a group to stay
-    whole. No rank is below `floor_rank` or below `floor_share` of the full rank. `correction` measures
-    by how much the predicted losses of the kinds of matrices are off, and allocates
-    again (`eckart.planning.correction`).
+    The loss is the predicted one in nats per token where every spectrum knows it, else the squared truncation error.
+    `normalise` divides each group's loss by what rank 0 would lose, for metrics whose groups do not speak one unit.
+    The budget's storage prices the ranks; `dense` allows a group to stay whole. No rank is below `floor_rank` or
+    below `floor_share` of the full rank: where costs are concave (pivoted), equal spectra would end as dense ones and
+    ones of rank 1, which an additive loss likes and a real model does not. `correction` measures by how much the
+    predicted losses of the kinds of matrices are off, and allocates again (`eckart.planning.correction`).
     """
 
     dense: bool = True
     floor_rank: int = 1
-    floor_share: float = 0.0
+    floor_share: float = 0.05
     normalise: bool = False
     correction: Level = "off"
 
@@ -68,7 +68,7 @@ class WaterLevel(Allocator):
         """The spectra with `nats` set to the weight that their squared errors have in the sum."""
         predicts = all(spectrum.nats is not None for spectrum in spectra)
         return [
-            Spectrum(s.group, s.values, 1 / max(s.energy, 1e-300) if self.normalise else s.nats if predicts else 1.0)
+            replace(s, nats=1 / max(s.energy, 1e-300) if self.normalise else s.nats if predicts else 1.0)
             for s in spectra
         ]
 
@@ -78,7 +78,7 @@ class WaterLevel(Allocator):
         storage = ledger.admitted(group, budget.storage)
         ranks = np.array(self._ranks(group, budget.rank_multiple, storage), dtype=np.int64)
         costs = np.array([ledger.parameters(group, int(r), storage) for r in ranks], dtype=np.int64)
-        losses = spectrum.tails.numpy()[ranks] * weight
+        losses = spectrum.expected.numpy()[ranks] * weight
         if self.dense or not len(ranks):
             ranks, costs = np.append(ranks, DENSE), np.append(costs, group.parameters)
             losses = np.append(losses, 0.0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from eckart.errors import OptionError
 from eckart.factorizers._shrinkage import CANDIDATES, held_out_errors
 from eckart.factorizers.base import Factorizer, GroupDecomposition, failures_named
-from eckart.linalg import Metric, Side
+from eckart.linalg import Decomposition, Metric, Side
 from eckart.statistics.sums import GroupStatistics, Need
 from eckart.types import Group
 
@@ -31,21 +31,23 @@ INPUTS = {"plain": Need.SMALLER_GRAM, "weighed": Need.WEIGHED_GRAM}
 class TwoSided(Factorizer):
     """Minimises the predicted loss `1/2 tr(G (W - Ŵ) H (W - Ŵ)^T) / N^2` over N tokens, in nats per token.
 
-    `H = sum x x^T` and `G = sum g g^T` are the two Kronecker factors of the Fisher information
-    (Martens and Grosse, arXiv 1503.05671); with `G = L L^T` the product is `L^T W R`, transposed.
-    `labels = "sampled"` from the model's own predictions makes it the Fisher information, and the
-    loss the KL divergence from the dense model; `"mixed"` estimates the same with less noise, by all
-    labels at once under random signs; `"true"` is the empirical Fisher. `inputs = "weighed"` gives each token of H the
-    weight that its gradient has in G (`eckart.statistics.weighed`). A shrinkage a in
-    [0, 1) replaces a Gram K by `(1 - a) K + a mean(diag K) I`; "auto" for gradients chooses a for each group by
-    held-out prediction (`eckart.factorizers._shrinkage`). What is not modelled: errors of different weights and of
-    different tokens are taken to be independent.
+    `H = sum x x^T` and `G = sum g g^T` are the two Kronecker factors of the Fisher information (Martens and Grosse,
+    arXiv 1503.05671); with `G = L L^T` the product is `L^T W R`, transposed. `labels = "sampled"` from the model's
+    own predictions makes it the Fisher information, and the loss the KL divergence from the dense model; `"mixed"`
+    estimates the same with less noise, by all labels at once under random signs; `"true"` is the empirical Fisher.
+    `inputs = "weighed"` gives each token of H the weight that its gradient has in G (`eckart.statistics.weighed`).
+    `losses = "unseen"` predicts what a rank loses from text that did not make the cut: the first three quarters of
+    the calibration cut, the last one judges, and then all of it makes the factors; it costs a second decomposition. A
+    shrinkage a in [0, 1) replaces a Gram K by `(1 - a) K + a mean(diag K) I`; "auto" for gradients chooses a for each
+    group by held-out prediction (`eckart.factorizers._shrinkage`). What is not modelled: errors of different weights
+    and of different tokens are taken to be independent.
     """
 
-    input_shrinkage: float = 1e-4
+    input_shrinkage: float = 0.01
     gradient_shrinkage: float | str = 0.1
     labels: Literal["sampled", "mixed", "true"] = "sampled"
     inputs: Literal["weighed", "plain"] = "weighed"
+    losses: Literal["unseen", "seen"] = "unseen"
 
     def __post_init__(self) -> None:
         if not 0 <= self.input_shrinkage < 1:
@@ -61,7 +63,11 @@ class TwoSided(Factorizer):
     def decompose(self, group: Group, weights: Sequence[Tensor], statistics: GroupStatistics) -> GroupDecomposition:
         """Decompose as every factorizer does, "auto" replaced by its choice before that."""
         if not isinstance(self.gradient_shrinkage, str):
-            return super().decompose(group, weights, statistics)
+            decomposition = super().decompose(group, weights, statistics)
+            if self.losses == "unseen":
+                unseen = self._unseen(group, torch.cat(list(weights)), statistics)
+                decomposition.spectrum = replace(decomposition.spectrum, unseen=unseen)
+            return decomposition
         losses = self._held_out_losses(group, torch.cat(list(weights)), statistics)
         chosen = min(losses, key=losses.__getitem__) if losses else CANDIDATES[0]
         decomposition = replace(self, gradient_shrinkage=chosen).decompose(group, weights, statistics)
@@ -72,6 +78,21 @@ class TwoSided(Factorizer):
             need = "gradient_shrinkage=auto needs two batches of calibration text or more"
             decomposition.note = f"{need}; taking {chosen:g}"
         return decomposition
+
+    def _unseen(self, group: Group, weight: Tensor, statistics: GroupStatistics) -> Tensor | None:
+        """Squared errors on the last quarter of the cuts that the first three make, `[full rank + 1]`, on the CPU.
+
+        In the unit of the whole text's own (`nats`), and never rising with the rank. None if no quarter is known.
+        """
+        parts = statistics.early_and_late
+        if parts is None:
+            return None
+        early, late = parts
+        judge = replace(self, input_shrinkage=0.0, gradient_shrinkage=0.0)
+        with failures_named(group):
+            tails = Decomposition(weight, self.metric(weight, early)).tails_in(judge.metric(weight, late))
+        tails = tails.cpu().clamp(min=0).flip(0).cummax(0).values.flip(0)
+        return tails * (judge.nats(late) / self.nats(statistics))
 
     def _held_out_losses(self, group: Group, weight: Tensor, statistics: GroupStatistics) -> dict[float, float]:
         """What each candidate's cuts lose on the last quarter, in nats per token; nothing if no quarter is known."""

@@ -20,13 +20,14 @@ def describe(spectrum: Spectrum) -> dict[str, Any]:
 def summary(spectrum: Spectrum) -> dict[str, Any]:
     """What a checkpoint keeps of a spectrum: `describe`, and few points of how its error falls with rank.
 
-    `lost` is `[[rank, share], ...]`: the share of the energy (squared error in the metric) that a cut at
+    `lost` is `[[rank, share], ...]`: the share of the energy (squared error to expect in the metric) that a cut at
     that rank loses, from 1 at rank 0 to 0 at full rank, about `POINTS` ranks closer together where they
     are low. `energy_nats` is the loss that losing all of it would cost, in nats per token, where the metric
     can say: at any rank the predicted loss is `energy_nats * share`. `measured_kl` is the sensitivity,
     where it was measured.
     """
-    group, tails, energy = spectrum.group, spectrum.tails, spectrum.energy
+    group, tails = spectrum.group, spectrum.expected
+    energy = float(tails[0])
     ranks = sorted({round(group.full_rank * (i / POINTS) ** 2) for i in range(POINTS + 1)})
     lost = [[rank, float(f"{float(tails[rank]) / energy if energy else 0.0:.4g}")] for rank in ranks]
     nats = {} if spectrum.nats is None else {"energy_nats": float(f"{spectrum.nats * energy:.6g}")}
