@@ -123,12 +123,11 @@ def compress(row: Row, keep: float, out: str, work: str, arguments: argparse.Nam
 def figures(model_folder: str, folder: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Losses of windows and KL on both corpora, and the questions where they are asked for."""
     import torch
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import eckart
     from eckart.text.data import load_windows
 
-    model, dense = eckart.load(model_folder), eckart.load(arguments.model)
+    model, dense = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (model_folder, arguments.model))
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     found: dict[str, Any] = {}
     for label, spec in {"wikitext-2": arguments.test, "python-docs": "python-docs"}.items():
