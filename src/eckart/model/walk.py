@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from eckart.errors import ModelError
-from eckart.model.calls import HIDDEN, Call, Returned, capture, forwards_replaced
+from eckart.model.calls import Call, Returned, capture, forwards_replaced
+from eckart.model.carried import Carried
 from eckart.model.residence import Residence
 from eckart.model.store import Store
 from eckart.portable.linear import swap_
@@ -34,13 +35,14 @@ class Stream:
     """The hidden states of some windows before block `position`, batch by batch.
 
     `batches[i]` is `[batch, seq]` token ids, `states[i]` `[batch, seq, width]`; `calls[i][b]` is how the model calls
-    block b on batch i.
+    block b on batch i, and `carried[i]` what block `position` finds beside the states.
     """
 
     batches: tuple[Tensor, ...]
     states: Store
     calls: list[list[Call]]
     returned: Returned
+    carried: list[Carried]
     position: int = 0
 
     @property
@@ -50,7 +52,12 @@ class Stream:
     def branch(self, states: Sequence[Tensor] | Store | None = None, position: int | None = None) -> "Stream":
         """Another stream of the same batches, from here or from other states; each goes its own way."""
         store = self.states.copy() if states is None else Store(states)
-        return replace(self, states=store, position=self.position if position is None else position)
+        position = self.position if position is None else position
+        return replace(self, states=store, carried=list(self.carried), position=position)
+
+    def native(self, batch: int) -> Tensor:
+        """The states of one batch as the model itself arranges them."""
+        return self.returned.form.native(self.states[batch])
 
 
 @dataclass(frozen=True)
@@ -65,8 +72,7 @@ class At:
 
         `state` replaces the stream's own; `block` stands in for the block.
         """
-        entering = stream.states[batch] if state is None else state
-        return stream.calls[batch][self.index].run(block or self.block, entering)
+        return self._step(stream, batch, state, block)[0]
 
     def outputs(self, stream: Stream, states: Sequence[Tensor] | Store | None = None) -> list[Tensor]:
         """The block's outputs for all batches of a stream, or for other states of them."""
@@ -76,10 +82,16 @@ class At:
     def steps(self, stream: Stream) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Move a stream past the block: `(batch, what entered, what left)`, one batch after the other."""
         for batch, entering in enumerate(stream.states):
-            leaving = self.run(stream, batch)
+            leaving, stream.carried[batch] = self._step(stream, batch)
             stream.states[batch] = leaving
             yield batch, entering, leaving
         stream.position = self.index + 1
+
+    def _step(
+        self, stream: Stream, batch: int, state: Tensor | None = None, block: Any = None
+    ) -> tuple[Tensor, Carried]:
+        entering = stream.states[batch] if state is None else state
+        return stream.calls[batch][self.index].run(block or self.block, entering, stream.carried[batch])
 
     def advance(self, stream: Stream) -> None:
         """Move a stream past the block."""
@@ -127,7 +139,7 @@ def open_stream(model: nn.Module, residence: Residence, batches: Sequence[Tensor
     """The states of every batch `[batch, seq]` before the first block, and how the model calls each block."""
     with residence.block(0):
         captured = capture(model, residence.structure, batches)
-    return Stream(tuple(batches), Store(captured.hidden), captured.calls, captured.returned)
+    return Stream(tuple(batches), Store(captured.hidden), captured.calls, captured.returned, captured.carried)
 
 
 def run_tail(
@@ -147,14 +159,10 @@ def run_tail(
 
 def tail_of(model: nn.Module, residence: Residence, ids: Tensor, state: Tensor, returned: Returned) -> Any:
     """What the model makes of the states `[batch, seq, width]` that leave its last block, for these token ids."""
-    last = len(residence) - 1
+    native = returned.form.native(state)
 
     def fake(number: int, real: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            result = state if number == last else kwargs[HIDDEN] if HIDDEN in kwargs else args[0]
-            return returned.around(result)
-
-        return forward
+        return lambda *args, **kwargs: returned.around(native)  # whichever block is the last one that runs
 
     with forwards_replaced(residence.structure, fake):
         return model(input_ids=ids, use_cache=False)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from eckart.errors import NumericalError
 from eckart.model.calls import Call
+from eckart.model.carried import Carried
 from eckart.model.recorder import Recorder
 from eckart.model.residence import Residence
 from eckart.model.store import Store
@@ -35,7 +36,9 @@ from eckart.types import Target
 class Backward:
     """Where a backward run is, batch by batch: what enters `block`, how it is called, the loss gradients.
 
-    `gradients[i]` `[batch, seq, width]` is at the block's output; `backward_block` moves it to the entrance.
+    `gradients[i]` `[batch, seq, width]` is at the block's output; `backward_block` moves it to the entrance. `carried`
+    is what the block finds beside the states, and `at_carried[i]` the gradients at the tensors that it leaves there,
+    None where there are none: of keys and values that later blocks read, say. It moves these too.
     """
 
     index: int
@@ -43,6 +46,8 @@ class Backward:
     entrances: Store
     calls: list[Call]
     gradients: list[Tensor]
+    carried: list[Carried]
+    at_carried: list[list[Tensor | None]]
 
 
 def check_labels(needs: frozenset[Need]) -> None:
@@ -124,20 +129,25 @@ def backward_block(
     result = {target.name: Statistics() for target in targets}
     gradients = at.gradients
     for index, (entrance, call) in enumerate(zip(at.entrances, at.calls, strict=True)):
-        entrance = entrance.detach().requires_grad_()
+        entrance, carried = entrance.detach().requires_grad_(), at.carried[index].apart()
         with Recorder(block, targets, own_inputs=True) as recorder, torch.enable_grad():
-            output = call.run(block, entrance)
+            output, left = call.run(block, entrance, carried)
+            ends = [(output, gradients[index]), *left.reached(at.at_carried[index])]
             # What only chooses, such as an indexer of sparse attention, runs apart from the gradient or ends there.
             uses = [(target, x, y) for target, x, y in recorder.uses if y.requires_grad]
             tall = [x for target, x, _ in uses if needs & GRADIENT_GRAM_NEEDS and _is_tall(target)]
-            tensors = [entrance, *(y for _, _, y in uses), *tall]
-            found: Sequence[Tensor | None] = torch.autograd.grad(output, tensors, gradients[index], allow_unused=True)
-        at_entrance, inner_gradients = found[0], found[1:]
+            beside = carried.tensors()
+            tensors = [entrance, *beside, *(y for _, _, y in uses), *tall]
+            found: Sequence[Tensor | None] = torch.autograd.grad(
+                [end for end, _ in ends], tensors, [gradient for _, gradient in ends], allow_unused=True
+            )
+        at_entrance, inner_gradients = found[0], found[1 + len(beside) :]
         assert at_entrance is not None
-        gradients[index] = at_entrance
+        gradients[index], at.at_carried[index] = at_entrance, list(found[1 : 1 + len(beside)])
         for target, _, y in recorder.uses:
             result[target.name].without_gradient |= not y.requires_grad
         at_inputs = iter(inner_gradients[len(uses) :])
+        once: dict[str, int] = {}  # predicted tokens, however often a target runs for each
         for (target, x, _), gradient in zip(uses, inner_gradients[: len(uses)], strict=True):
             statistics, windows = result[target.name], len(entrance)
             pulled = next(at_inputs) if needs & GRADIENT_GRAM_NEEDS and _is_tall(target) else None
@@ -146,9 +156,11 @@ def backward_block(
                 continue
             if needs & GRADIENT_GRAM_NEEDS:
                 _add_gradient(statistics, target, gradient, pulled)
-                statistics.predictions += windows * (entrance.shape[1] - 1)
+                once[target.name] = windows * (entrance.shape[1] - 1)
             if Need.WEIGHT_FISHER in needs:
                 _add_weight_fisher(statistics, _per_window(x.detach(), windows), _per_window(gradient, windows))
+        for name, predictions in once.items():
+            result[name].predictions += predictions
         for x, members in recorder.by_input():
             outputs = [(t, y.detach()) for t, y in members]
             collect_input(x.detach(), outputs, block, result, needs - GRADIENT_NEEDS, whole_gram)
