@@ -36,6 +36,7 @@ from eckart.model.discovery import Layout, discover
 from eckart.model.operators import operator
 from eckart.model.residence import residence_of
 from eckart.model.walk import open_stream, walk
+from eckart.planning.preflight import LEAST_COVERED
 from eckart.statistics.sums import Need
 from eckart.statistics.sweep import sweep
 from eckart.support.versions import versions
@@ -62,7 +63,7 @@ def examine(name: str, folder: Path) -> Row:
     row |= {"class": type(model).__name__, "built": True}
     with told(row, "discovered"):
         layout = discover(model)
-        row |= {"targets": len(layout.targets), "covered": covered(model, layout), "discovered": True}
+        row |= {"targets": len(layout.targets), "covered": layout.covered, "left": layout.uncovered, "discovered": True}
         ids = torch.randint(5, 90, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(1))
         with told(row, "walk"):
             row["walk"] = walk_gap(model, layout, ids)
@@ -89,12 +90,6 @@ def said(error: BaseException) -> str:
         return text
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}: {text}"
-
-
-def covered(model: nn.Module, layout: Layout) -> float:
-    """The share of the blocks' parameters that are targets."""
-    inside = sum(p.numel() for p in model.get_submodule(layout.blocks).parameters())
-    return layout.target_parameters / inside
 
 
 @torch.no_grad()
@@ -162,23 +157,30 @@ def outcome(name: str, recipe: str, folder: Path) -> Row:
     folder.mkdir()
     (folder / "text.txt").write_text(text())
     try:
+        model = families.build(name)
         made = eckart.compress(
-            families.build(name),
+            model,
             recipe=recipe,
             keep=KEEP,
+            include=named(model),
             calibration=eckart.Calibration(str(folder / "text.txt"), windows=WINDOWS, length=LENGTH),
             tokenizer=tiny_tokenizer(),
             out=folder / "out",
             progress=lambda stage, done, total: begun.add(stage),
         )
         wrong = list(differences(made.model, folder / "out"))
-        rest = Counter(s.reason for s in made.layout.skipped if s.name.startswith(f"{made.layout.blocks}."))
-        return {"is": "wrong" if wrong else "right", "said": "; ".join(wrong), "left": dict(rest)}
+        return {"is": "wrong" if wrong else "right", "said": "; ".join(wrong)}
     except UserError as error:
         early = not begun & set(WORK)
         return {"is": "refused" if early else "error", "said": said(error) if early else f"late: {said(error)}"}
     except Exception as error:
         return {"is": "error", "said": said(error)}
+
+
+def named(model: nn.Module) -> list[str]:
+    """The targets by name where they are too small a part of the blocks to be compressed unasked, experts for one."""
+    layout = discover(model)
+    return sorted({target.kind for target in layout.targets}) if layout.covered < LEAST_COVERED else []
 
 
 def text() -> str:

@@ -133,8 +133,8 @@ def _check_order(name: str, order: Sequence[int], blocks: int) -> None:
         )
 
 
-def _states_at_entrance(model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor) -> Tensor:
-    """The hidden states that enter the first block that runs, as the model arranges them."""
+def _states_at_entrance(model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor) -> Tensor | None:
+    """The hidden states that enter the first block that runs, as the model arranges them; None if none does."""
     found: list[Tensor] = []
 
     def fake(index: int, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -146,7 +146,7 @@ def _states_at_entrance(model: nn.Module, blocks: Sequence[nn.Module], ids: Tens
 
     with forwards_replaced(blocks, fake), suppress(_Stop):
         model(input_ids=ids, use_cache=False)
-    return found[0]
+    return found[0] if found else None
 
 
 class _Capture:

@@ -38,17 +38,20 @@ class Form:
         return states.unflatten(2, self.rest).movedim((0, 1), (self.windows, self.positions)).contiguous()
 
 
-def form_of(ids: Tensor, states_of: Callable[[Tensor], Tensor], name: str) -> Form:
-    """The form of a model's states; `states_of(ids)` gives them for token ids `[batch, seq]`.
+def form_of(ids: Tensor, states_of: Callable[[Tensor], Tensor | None], name: str) -> Form:
+    """The form of a model's states; `states_of(ids)` gives them for token ids `[batch, seq]`, None if no block runs.
 
     Seen from what changes when there is one window more, and one position less. Raises `ModelError` that names the
     model, `name`, where no such axes are found.
     """
     windows, length = ids.shape
     states = states_of(ids)
+    if states is None:
+        raise ModelError(f"{name}: runs none of its blocks on token ids alone, so eckart cannot compress this model.")
     if states.dim() == 3 and states.shape[:2] == ids.shape and windows != length:
         return Form()
     other = states_of(ids[:1, : length - 1].expand(windows + 1, -1))
+    assert other is not None
     sizes = list(zip(states.shape, other.shape, strict=True))
     at_windows = [axis for axis, pair in enumerate(sizes) if pair == (windows, windows + 1)]
     at_positions = [axis for axis, pair in enumerate(sizes) if pair == (length, length - 1)]

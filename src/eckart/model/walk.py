@@ -9,6 +9,7 @@ weights are. A stream holds the states that enter its next block; streams with o
 (what a compressed model has there, what a candidate plan has) walk side by side.
 """
 
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eckart.errors import ModelError
+from eckart.errors import EckartError, ModelError
 from eckart.model.calls import Call, Returned, capture, forwards_replaced
 from eckart.model.carried import Carried
 from eckart.model.residence import Residence
@@ -177,13 +178,11 @@ def prove(model: nn.Module, residence: Residence, ids: Tensor) -> None:
     states from block to block, or has its blocks somewhere else than where they were found.
     """
     ids = ids[None, :PROOF].to(residence.device)
-    try:
+    with _told(model, "does not run on token ids alone"):
         expected = _answer(model(input_ids=ids, use_cache=False))
-    except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{type(model).__name__}: does not run on token ids alone: {reason}") from None
-    stream = pass_blocks(residence, open_stream(model, residence, [ids]))
-    actual = _answer(run_tail(model, residence, stream, 0))
+    with _told(model, "does not run block by block, so eckart cannot compress this model"):
+        stream = pass_blocks(residence, open_stream(model, residence, [ids]))
+        actual = _answer(run_tail(model, residence, stream, 0))
     gap, scale = (actual - expected).float().abs().max(), expected.float().abs().max()
     if not gap <= TOLERANCE * scale.clamp(min=1e-30) and torch.isfinite(scale):
         raise ModelError(
@@ -191,6 +190,18 @@ def prove(model: nn.Module, residence: Residence, ids: Tensor) -> None:
             f"the largest); the blocks in {residence.name!r} are not run one after the other, once each, so eckart "
             "cannot compress this model."
         )
+
+
+@contextmanager
+def _told(model: nn.Module, what: str) -> Iterator[None]:
+    """Turn what code of a model raises into a `ModelError` of one line; a lack of memory is no word on the model."""
+    try:
+        yield
+    except (EckartError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+        raise ModelError(f"{type(model).__name__}: {what}: {reason}") from None
 
 
 def _answer(output: Any) -> Tensor:
