@@ -59,11 +59,12 @@ class Reads:
     """Where a call holds what is carried.
 
     `places` maps an argument, by its position after the states or its name, to the number of what the last block
-    returned beside the states; `shared` are the mappings that blocks fill for one another. `kept` are the numbers that
-    any block of the model reads.
+    returned beside the states, which are `kept` if any block reads them; `held` to the number of one of the `shared`
+    mappings that blocks fill for one another.
     """
 
     places: dict[int | str, int] = field(default_factory=dict)
+    held: dict[int | str, int] = field(default_factory=dict)
     shared: tuple[MutableMapping[Any, Any], ...] = ()
     kept: frozenset[int] = frozenset()
 
@@ -73,28 +74,27 @@ class Reads:
     ) -> "Reads":
         """By identity: `output` is what the stand-in for the block before has returned."""
         beside = output[1:] if isinstance(output, tuple | list) else ()
-        number = {id(thing): i for i, thing in enumerate(beside) if isinstance(thing, Tensor)}
         arguments: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
-        places = {place: number[id(value)] for place, value in arguments.items() if id(value) in number}
-        return Reads(places, tuple(shared))
+
+        def where(things: Sequence[Any]) -> dict[int | str, int]:
+            number = {id(thing): i for i, thing in enumerate(things) if isinstance(thing, Tensor | MutableMapping)}
+            return {place: number[id(value)] for place, value in arguments.items() if id(value) in number}
+
+        return Reads(where(beside), where(shared), tuple(shared))
 
     def without(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """The arguments with nothing in the places that are filled when the block runs."""
-        return (
-            tuple(None if place in self.places else value for place, value in enumerate(args)),
-            {name: None if name in self.places else value for name, value in kwargs.items()},
-        )
+        return _put(args, kwargs, dict.fromkeys((*self.places, *self.held)))
 
     def filled(self, args: tuple[Any, ...], kwargs: dict[str, Any], carried: Carried) -> Arguments:
         """The arguments with what is carried in its places, mappings included."""
         for mapping, content in zip(self.shared, carried.shared, strict=True):
             mapping.clear()
             mapping.update(content)
-        if not self.places or carried.returned is None:
-            return args, kwargs
-        here = {place: carried.returned[number] for place, number in self.places.items()}
-        positional = tuple(here.get(place, value) for place, value in enumerate(args))
-        return positional, {name: here.get(name, value) for name, value in kwargs.items()}
+        here: dict[int | str, Any] = {place: self.shared[number] for place, number in self.held.items()}
+        if carried.returned is not None:
+            here |= {place: carried.returned[number] for place, number in self.places.items()}
+        return _put(args, kwargs, here)
 
     def left(self, output: Any) -> Carried:
         """What is carried on after the block has returned `output`."""
@@ -102,3 +102,9 @@ class Reads:
         if self.kept:
             returned = tuple(thing if number in self.kept else None for number, thing in enumerate(output[1:]))
         return Carried(returned, tuple(dict(mapping) for mapping in self.shared))
+
+
+def _put(args: tuple[Any, ...], kwargs: dict[str, Any], things: dict[int | str, Any]) -> Arguments:
+    """The arguments with other things in some places."""
+    positional = tuple(things.get(place, value) for place, value in enumerate(args))
+    return positional, {name: things.get(name, value) for name, value in kwargs.items()}
