@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from eckart.checkpoints import checkpoint
+from eckart.checkpoints.fused import spare_factors_
 from eckart.checkpoints.provenance import make_provenance
 from eckart.ledger import Ledger
 from eckart.model.discovery import Layout
@@ -108,6 +109,7 @@ def carry_out(
         ledger=book.to_dict(),
         command=command(calibration=None if text.windows is None else text.calibration),
     )
+    provenance["coverage"] = {"covered": loaded.layout.covered, "uncovered": loaded.layout.uncovered}
     for name, facts in (("refinement", notes), ("metric_drift", drift), ("kl", kl)):
         provenance |= {name: facts} if facts else {}
     return Compression(
@@ -181,4 +183,6 @@ def _finish(loaded: Loaded) -> None:
     from eckart.portable import hf  # imports transformers
 
     dtypes.cast_(loaded.model, loaded.stored_dtype)
-    hf.attach_(loaded.model, hf.specs_of(loaded.model))
+    specs = hf.specs_of(loaded.model)
+    hf.attach_(loaded.model, specs)
+    spare_factors_(loaded.model, specs)

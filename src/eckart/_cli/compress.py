@@ -100,6 +100,7 @@ def compress(
         return
     if (text := compression.provenance["calibration"]) is not None:
         terminal.show_text(text)
+    terminal.show_coverage(compression.layout)
     terminal.show_ledger(compression.ledger)
     if "kl" in compression.provenance:
         terminal.show_kl(compression.provenance["kl"])

@@ -74,7 +74,8 @@ def inspect(
             )
         rows = [describe(spectrum) for spectrum in spectrum_list]
     if as_json:
-        print_json({"model": model, **asdict(layout), **({"spectra": rows} if spectra else {})})
+        share = {"covered": layout.covered, "uncovered": layout.uncovered}
+        print_json({"model": model, **share, **asdict(layout), **({"spectra": rows} if spectra else {})})
         return
     terminal.show_layout(layout)
     if spectra:

@@ -104,9 +104,10 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], jus
 
 
 def show_layout(layout: "Layout") -> None:
-    """Targets by block and kind with shapes and shares; what is left alone, why, and its share."""
+    """What is covered; targets by block and kind with shapes and shares; what is left alone, why, and its share."""
     from eckart.model.discovery import skipped_by_reason
 
+    show_coverage(layout)
     total = layout.parameters
     kinds: dict[tuple[str, int, int], list[int]] = {}
     for target in layout.targets:
@@ -135,6 +136,11 @@ def show_spectra(rows: Sequence[dict[str, Any]]) -> None:
     ]
     heads = ("module", "out x in", "energy eff. rank", "effective rank", "stable rank", "rank at 95 %")
     table("Spectra", heads, cells)
+
+
+def show_coverage(layout: "Layout") -> None:
+    """How much of the blocks the targets are, and why the rest is left alone, as one line."""
+    say(f"{layout.coverage[0].upper()}{layout.coverage[1:]}.")
 
 
 def show_ledger(ledger: "Ledger") -> None:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from eckart.checkpoints import admission, beside, card, code, fingerprints, pretrained, spectra_file
 from eckart.checkpoints import provenance as provenance_file
+from eckart.checkpoints.fused import spare_factors_
 from eckart.checkpoints.pretrained import CONFIG
 from eckart.errors import CheckpointError, ModelError, PlanError
 from eckart.plans.plan import Plan
@@ -64,6 +65,8 @@ def save(
         files.check_new_folder(folder)
     files.check_space(folder, sum(t.nbytes for t in [*model.parameters(), *model.buffers()]))
     hf.attach_(model, specs)
+    spare_factors_(model, specs)
+    _say_if_no_auto_class(model)
     with files.new_folder(output) as partial, pretrained.quiet(), _disk_errors(folder):
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         if specs:
@@ -79,6 +82,25 @@ def save(
         write_json(partial / PROVENANCE, record)
         if specs:
             (partial / card.NAME).write_text(card.card(record, plan), encoding="utf-8")
+
+
+def _say_if_no_auto_class(model: "PreTrainedModel") -> None:
+    """Warn where no auto class of transformers gives the model's class, so that only it itself reads what is saved."""
+    from transformers.models.auto import modeling_auto
+
+    name, kind = type(model).__name__, model.config.model_type
+    mappings = [found for key, found in vars(modeling_auto).items() if key.endswith("MAPPING_NAMES")]
+    own_code = type(model).__module__.partition(".")[0] != "transformers"
+    if not own_code and not any(name in _several(mapping.get(kind)) for mapping in mappings):
+        log.warning(
+            "%s: no auto class of transformers gives it; load what is saved by eckart.load, or by "
+            "transformers.%s.from_pretrained after `import eckart`.", name, name,
+        )  # fmt: skip
+
+
+def _several(names: object) -> tuple[object, ...]:
+    """What a mapping has for a model type: a name, or several."""
+    return tuple(names) if isinstance(names, tuple | list) else (names,)
 
 
 def try_saving(

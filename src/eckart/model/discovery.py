@@ -9,26 +9,34 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from eckart.errors import ModelError
+from eckart.model.choosers import choosers
 from eckart.portable.linear import is_factorized, is_linear, shape_of, weight_view
 from eckart.types import Skipped, Target
+
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 
 @dataclass(frozen=True)
 class Layout:
     """The path of the blocks, the targets in model order, and everything that is left alone.
 
-    `parameters` counts every distinct parameter of the model once (tied weights once).
+    `parameters` counts every distinct parameter of the model once (tied weights once), `block_parameters` those of the
+    blocks.
     """
 
     blocks: str
     targets: tuple[Target, ...]
     skipped: tuple[Skipped, ...]
     parameters: int
+    block_parameters: int
 
     def in_block(self, index: int) -> list[Target]:
         """The targets of one block, in model order."""
@@ -44,17 +52,37 @@ class Layout:
     def target_parameters(self) -> int:
         return sum(target.parameters for target in self.targets)
 
+    @property
+    def covered(self) -> float:
+        """The share of the blocks' parameters that are targets."""
+        return self.target_parameters / self.block_parameters
+
+    @property
+    def uncovered(self) -> dict[str, float]:
+        """Why the rest of the blocks is left alone, each reason with its share of the blocks, largest first."""
+        inside = replace(self, skipped=tuple(s for s in self.skipped if s.name.startswith(f"{self.blocks}.")))
+        return {reason: count / self.block_parameters for reason, count in skipped_by_reason(inside).items()}
+
+    @property
+    def coverage(self) -> str:
+        """What is covered, and why the rest is not, in one line; reasons below a hundredth of the blocks are left out."""
+        left = ", ".join(f"{share:.1%} ({why})" for why, share in self.uncovered.items() if share >= 0.01)
+        return f"targets are {self.covered:.1%} of the blocks' parameters" + (f"; untouched: {left}" if left else "")
+
 
 def discover(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Layout:
     """List the targets of a model.
 
     `include` and `exclude` are shell patterns on the dotted name of a linear layer or on its name
-    inside its block (`*.down_proj`, `self_attn.*`); with `include`, only what matches is taken.
+    inside its block (`*.down_proj`, `self_attn.*`); with `include`, only what matches is taken. Layers that choose
+    (`eckart.model.choosers`) are taken only if it names them.
     Raises `ModelError` when there is nothing to compress.
     """
     path, blocks = _find_blocks(model)
     targets, reasons = [], {}
+    config, tied = _text_config(model), _tied(model)
     for index, block in enumerate(blocks):
+        choosing = {} if include else choosers(config, block)
         for kind, module in block.named_modules():
             name = f"{path}.{index}.{kind}"
             if is_factorized(module):
@@ -63,7 +91,9 @@ def discover(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[st
                 continue
             out_features, in_features = shape_of(module)
             target = Target(name, index, kind, out_features, in_features, module.bias is not None)
-            reason = _unwanted(target, include, exclude)
+            reason = _unwanted(target, include, exclude) or choosing.get(kind)
+            if id(module.weight) in tied:
+                reason = "one weight in several places, which would have to be cut in all of them at once"
             if reason:
                 reasons[f"{name}.weight"] = reason
             else:
@@ -74,8 +104,13 @@ def discover(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[st
             f"{type(model).__name__}: no linear layer to compress in {path!r}{why}; eckart factorises "
             "nn.Linear and Conv1D inside decoder blocks."
         )
-    parameters = sum(p.numel() for p in model.parameters())
-    return Layout(path, tuple(targets), _skipped(model, path, targets, reasons), parameters)
+    return Layout(
+        path,
+        tuple(targets),
+        _skipped(model, path, targets, reasons),
+        parameters=sum(p.numel() for p in model.parameters()),
+        block_parameters=sum(p.numel() for p in blocks.parameters()),
+    )
 
 
 def check_finite(model: nn.Module, targets: Sequence[Target]) -> None:
@@ -96,14 +131,33 @@ def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if callable(getattr(model, "get_decoder", None)):
         decoder = model.get_decoder()  # type: ignore[operator]
         root = decoder if isinstance(decoder, nn.Module) else model
+    if not any(_is_list(module) for module in root.modules()):
+        root = model  # some give their head for the decoder
     prefix = next((name for name, module in model.named_modules() if module is root), "")
-    lists = [(n, m) for n, m in root.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    lists = [(n, m) for n, m in root.named_modules() if _is_list(m)]
     if not lists:
         raise ModelError(
             f"{type(model).__name__}: has no list of repeated decoder blocks, so there is nothing to compress."
         )
     name, blocks = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
     return ".".join(part for part in (prefix, name) if part), blocks
+
+
+def _is_list(module: nn.Module) -> "TypeIs[nn.ModuleList]":
+    return isinstance(module, nn.ModuleList) and len(module) > 0
+
+
+def _text_config(model: nn.Module) -> Any:
+    """The configuration of a model's decoder; None for a module without one."""
+    config = getattr(model, "config", None)
+    of_text = getattr(config, "get_text_config", None)
+    return of_text(decoder=True) if callable(of_text) else config
+
+
+def _tied(model: nn.Module) -> set[int]:
+    """The identities of parameters that the model has under several names."""
+    names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {identity for identity, count in names.items() if count > 1}
 
 
 def _unwanted(target: Target, include: Sequence[str], exclude: Sequence[str]) -> str | None:

@@ -1,5 +1,6 @@
 """What passes through the linear maps of one block during a run."""
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -30,10 +31,15 @@ class Recorder:
             handle.remove()
 
     def by_input(self) -> list[tuple[Tensor, list[tuple[Target, Tensor]]]]:
-        """The recorded calls, gathered by the identity of their input tensor, then forgotten."""
+        """The recorded calls, gathered by the identity of their input tensor, then forgotten.
+
+        A target that was called more than once shares its input with no other: not all of its calls would.
+        """
+        calls = Counter(target.name for target, _, _ in self.uses)
         sets: dict[tuple[object, ...], tuple[Tensor, list[tuple[Target, Tensor]]]] = {}
         for target, x, y in self.uses:
-            key = (x.data_ptr(), x.shape, x.stride(), x._version)
+            apart = target.name if calls[target.name] > 1 else ""
+            key = (x.data_ptr(), x.shape, x.stride(), x._version, apart)
             sets.setdefault(key, (x, []))[1].append((target, y))
         self.uses = []
         return list(sets.values())

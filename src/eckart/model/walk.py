@@ -9,6 +9,7 @@ weights are. A stream holds the states that enter its next block; streams with o
 (what a compressed model has there, what a candidate plan has) walk side by side.
 """
 
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eckart.errors import ModelError
-from eckart.model.calls import HIDDEN, Call, Returned, capture, forwards_replaced
+from eckart.errors import EckartError, ModelError
+from eckart.model.calls import Call, Returned, capture, forwards_replaced
+from eckart.model.carried import Carried
 from eckart.model.residence import Residence
 from eckart.model.store import Store
 from eckart.portable.linear import swap_
@@ -34,13 +36,14 @@ class Stream:
     """The hidden states of some windows before block `position`, batch by batch.
 
     `batches[i]` is `[batch, seq]` token ids, `states[i]` `[batch, seq, width]`; `calls[i][b]` is how the model calls
-    block b on batch i.
+    block b on batch i, and `carried[i]` what block `position` finds beside the states.
     """
 
     batches: tuple[Tensor, ...]
     states: Store
     calls: list[list[Call]]
     returned: Returned
+    carried: list[Carried]
     position: int = 0
 
     @property
@@ -50,7 +53,12 @@ class Stream:
     def branch(self, states: Sequence[Tensor] | Store | None = None, position: int | None = None) -> "Stream":
         """Another stream of the same batches, from here or from other states; each goes its own way."""
         store = self.states.copy() if states is None else Store(states)
-        return replace(self, states=store, position=self.position if position is None else position)
+        position = self.position if position is None else position
+        return replace(self, states=store, carried=list(self.carried), position=position)
+
+    def native(self, batch: int) -> Tensor:
+        """The states of one batch as the model itself arranges them."""
+        return self.returned.form.native(self.states[batch])
 
 
 @dataclass(frozen=True)
@@ -65,8 +73,7 @@ class At:
 
         `state` replaces the stream's own; `block` stands in for the block.
         """
-        entering = stream.states[batch] if state is None else state
-        return stream.calls[batch][self.index].run(block or self.block, entering)
+        return self._step(stream, batch, state, block)[0]
 
     def outputs(self, stream: Stream, states: Sequence[Tensor] | Store | None = None) -> list[Tensor]:
         """The block's outputs for all batches of a stream, or for other states of them."""
@@ -76,10 +83,16 @@ class At:
     def steps(self, stream: Stream) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Move a stream past the block: `(batch, what entered, what left)`, one batch after the other."""
         for batch, entering in enumerate(stream.states):
-            leaving = self.run(stream, batch)
+            leaving, stream.carried[batch] = self._step(stream, batch)
             stream.states[batch] = leaving
             yield batch, entering, leaving
         stream.position = self.index + 1
+
+    def _step(
+        self, stream: Stream, batch: int, state: Tensor | None = None, block: Any = None
+    ) -> tuple[Tensor, Carried]:
+        entering = stream.states[batch] if state is None else state
+        return stream.calls[batch][self.index].run(block or self.block, entering, stream.carried[batch])
 
     def advance(self, stream: Stream) -> None:
         """Move a stream past the block."""
@@ -127,7 +140,7 @@ def open_stream(model: nn.Module, residence: Residence, batches: Sequence[Tensor
     """The states of every batch `[batch, seq]` before the first block, and how the model calls each block."""
     with residence.block(0):
         captured = capture(model, residence.structure, batches)
-    return Stream(tuple(batches), Store(captured.hidden), captured.calls, captured.returned)
+    return Stream(tuple(batches), Store(captured.hidden), captured.calls, captured.returned, captured.carried)
 
 
 def run_tail(
@@ -147,14 +160,10 @@ def run_tail(
 
 def tail_of(model: nn.Module, residence: Residence, ids: Tensor, state: Tensor, returned: Returned) -> Any:
     """What the model makes of the states `[batch, seq, width]` that leave its last block, for these token ids."""
-    last = len(residence) - 1
+    native = returned.form.native(state)
 
     def fake(number: int, real: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            result = state if number == last else kwargs[HIDDEN] if HIDDEN in kwargs else args[0]
-            return returned.around(result)
-
-        return forward
+        return lambda *args, **kwargs: returned.around(native)  # whichever block is the last one that runs
 
     with forwards_replaced(residence.structure, fake):
         return model(input_ids=ids, use_cache=False)
@@ -169,13 +178,11 @@ def prove(model: nn.Module, residence: Residence, ids: Tensor) -> None:
     states from block to block, or has its blocks somewhere else than where they were found.
     """
     ids = ids[None, :PROOF].to(residence.device)
-    try:
+    with _told(model, "does not run on token ids alone"):
         expected = _answer(model(input_ids=ids, use_cache=False))
-    except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{type(model).__name__}: does not run on token ids alone: {reason}") from None
-    stream = pass_blocks(residence, open_stream(model, residence, [ids]))
-    actual = _answer(run_tail(model, residence, stream, 0))
+    with _told(model, "does not run block by block, so eckart cannot compress this model"):
+        stream = pass_blocks(residence, open_stream(model, residence, [ids]))
+        actual = _answer(run_tail(model, residence, stream, 0))
     gap, scale = (actual - expected).float().abs().max(), expected.float().abs().max()
     if not gap <= TOLERANCE * scale.clamp(min=1e-30) and torch.isfinite(scale):
         raise ModelError(
@@ -183,6 +190,18 @@ def prove(model: nn.Module, residence: Residence, ids: Tensor) -> None:
             f"the largest); the blocks in {residence.name!r} are not run one after the other, once each, so eckart "
             "cannot compress this model."
         )
+
+
+@contextmanager
+def _told(model: nn.Module, what: str) -> Iterator[None]:
+    """Turn what code of a model raises into a `ModelError` of one line; a lack of memory is no word on the model."""
+    try:
+        yield
+    except (EckartError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+        raise ModelError(f"{type(model).__name__}: {what}: {reason}") from None
 
 
 def _answer(output: Any) -> Tensor:

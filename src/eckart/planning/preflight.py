@@ -25,6 +25,8 @@ from eckart.text.specs import parse_spec
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+LEAST_COVERED = 0.2  # of the blocks' parameters: below it no share of the targets makes a model much smaller
+
 
 def check_request(recipe: Recipe, goal: Goal, device: str, dtype: str) -> None:
     """Before the model is read: every part and option of the recipe, the goal, the device, the dtype.
@@ -52,10 +54,11 @@ def check_outline(
     output: OutputFolder | None,
     dtype: str,
     rank_multiple: int,
+    named: bool = False,
 ) -> Windows | None:
     """Before weights are read: what the recipe needs of the model, a saved plan, the goal, what can be saved, the text.
 
-    Returns the windows of the text, None if no text is needed, or the model is to write it. Raises the `UserError` that
+    `named` says that the caller has named the targets. Returns the windows of the text, None if no text is needed, or the model is to write it. Raises the `UserError` that
     says what is wrong.
     """
     model, layout = outline.structure, outline.layout
@@ -66,6 +69,8 @@ def check_outline(
             f"{part} needs the logits of a next token, which {type(model).__name__} does not give; "
             "take a recipe that looks at inputs alone, such as svd-llm."
         )
+    if plan is None and not named and goal.keep != 1:
+        _check_coverage(model, layout)
     if plan is not None:
         resolve(plan, layout.targets)
     elif goal.keep is not None:
@@ -99,6 +104,16 @@ def check_run(loaded: Loaded, text: Text, recipe: Recipe, goal: Goal, output: Ou
         files.check_space(output, least)
     if recipe.reads_text():
         text.read()
+
+
+def _check_coverage(model: "PreTrainedModel", layout: Layout) -> None:
+    """Most of the model is what is asked for; where there is little to cut, the caller has to name it."""
+    if layout.covered < LEAST_COVERED:
+        part = max(layout.targets, key=lambda target: target.parameters).kind.partition(".")[0]
+        raise BudgetError(
+            f"{type(model).__name__}: {layout.coverage}; whatever is asked for, the model would stay nearly as it is. To "
+            f"compress the targets alone, name them: --include '{part}.*'; `eckart inspect` lists them."
+        )
 
 
 def _least_parameters(layout: Layout, keep: float) -> int:

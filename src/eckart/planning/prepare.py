@@ -45,7 +45,9 @@ def prepare(
 
     def check(known: Outline) -> Windows | None:
         with stages("data"):
-            return preflight.check_outline(known, calibration, recipe, goal, plan, output, spec.dtype, rank_multiple)
+            return preflight.check_outline(
+                known, calibration, recipe, goal, plan, output, spec.dtype, rank_multiple, named=bool(spec.include)
+            )
 
     known = outline(spec.model, spec.tokenizer, spec.include, spec.exclude, spec.trust_remote_code)
     windows = check(known)

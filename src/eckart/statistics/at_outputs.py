@@ -110,18 +110,21 @@ def backward_block(
     weights = TokenWeights.of(block, targets, at) if Need.WEIGHED_GRAM in needs else None
     for index in range(len(at.calls)):
         here = recompute(block, targets, at, index, at_tall_inputs=bool(needs & GRADIENT_GRAM_NEEDS))
+        windows, length = at.gradients[index].shape[:2]
         for use in here.uses:
             statistics = result[use.target.name]
             if use.gradient is None:
                 statistics.without_gradient = True
                 continue
-            _add(statistics, use, at.gradients[index].shape[:2], needs)
+            _add(statistics, use, windows, needs)
             if weights is not None:
                 weight = weights(use.target, use.gradient)
                 add_weighed(statistics, use, block, weight, use.target.name in whole_gram)
+        for name in {use.target.name for use in here.uses if use.gradient is not None and needs & GRADIENT_GRAM_NEEDS}:
+            result[name].predictions += windows * (length - 1)  # however often the target runs for each token
         for x, members in here.by_input:
             collect_input(x, members, block, result, at_inputs, whole_gram)
-        at.gradients[index] = here.at_entrance
+        at.gradients[index], at.at_carried[index] = here.at_entrance, here.at_carried
         mark_three_quarters(result.values(), index + 1, len(at.calls))
     for target in targets:
         finish_inputs(target, result[target.name], needs - GRADIENT_NEEDS)
@@ -129,13 +132,11 @@ def backward_block(
     return result
 
 
-def _add(statistics: Statistics, use: Use, batch: Sequence[int], needs: frozenset[Need]) -> None:
-    """Add what is collected from the gradients of one run; `batch` is its windows and their length."""
+def _add(statistics: Statistics, use: Use, windows: int, needs: frozenset[Need]) -> None:
+    """Add what is collected from the gradients of one use in a run of so many windows."""
     assert use.gradient is not None
-    windows, length = batch
     if needs & GRADIENT_GRAM_NEEDS:
         _add_gradient(statistics, use.target, use.gradient, use.at_input)
-        statistics.predictions += windows * (length - 1)
     if Need.WEIGHT_FISHER in needs:
         _add_weight_fisher(statistics, _per_window(use.x, windows), _per_window(use.gradient, windows))
 

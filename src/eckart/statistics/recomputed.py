@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from eckart.model.calls import Call
+from eckart.model.carried import Carried
 from eckart.model.recorder import Recorder
 from eckart.model.store import Store
 from eckart.types import Target
@@ -16,7 +17,9 @@ from eckart.types import Target
 class Backward:
     """Where a backward run is, batch by batch: what enters `block`, how it is called, the loss gradients.
 
-    `gradients[i]` `[batch, seq, width]` is at the block's output; `backward_block` moves it to the entrance.
+    `gradients[i]` `[batch, seq, width]` is at the block's output; `backward_block` moves it to the entrance. `carried`
+    is what the block finds beside the states, and `at_carried[i]` the gradients at the tensors that it leaves there,
+    None where there are none: of keys and values that later blocks read, say. It moves these too.
     """
 
     index: int
@@ -24,6 +27,8 @@ class Backward:
     entrances: Store
     calls: list[Call]
     gradients: list[Tensor]
+    carried: list[Carried]
+    at_carried: list[list[Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -43,9 +48,10 @@ class Use:
 
 @dataclass(frozen=True)
 class Recomputed:
-    """What a run gave: the gradient at the block's entrance, every use, and inputs with the layers that share them."""
+    """What a run gave: gradients at the entrance and at what was carried, every use, and inputs with their readers."""
 
     at_entrance: Tensor
+    at_carried: list[Tensor | None]
     uses: list[Use]
     by_input: list[tuple[Tensor, list[tuple[Target, Tensor]]]]
 
@@ -54,15 +60,21 @@ def recompute(
     block: nn.Module, targets: Sequence[Target], at: Backward, index: int, *, at_tall_inputs: bool = False
 ) -> Recomputed:
     """Run the block on batch `index` and take the gradients back through it; nothing is moved."""
-    entrance = at.entrances[index].detach().requires_grad_()
+    entrance, carried = at.entrances[index].detach().requires_grad_(), at.carried[index].apart()
     with Recorder(block, targets, own_inputs=True) as recorder, torch.enable_grad():
-        output = at.calls[index].run(block, entrance)
+        output, left = at.calls[index].run(block, entrance, carried)
+        ends = [(output, at.gradients[index]), *left.reached(at.at_carried[index])]
         # What only chooses, such as an indexer of sparse attention, runs apart from the gradient or ends there.
         reached = [(target, x, y) for target, x, y in recorder.uses if y.requires_grad]
         tall = [x for target, x, _ in reached if at_tall_inputs and target.out_features > target.in_features]
-        tensors = [entrance, *(y for _, _, y in reached), *tall]
-        found = torch.autograd.grad(output, tensors, at.gradients[index], allow_unused=True)
-    at_outputs, at_inputs = iter(found[1 : 1 + len(reached)]), iter(found[1 + len(reached) :])
+        beside = carried.tensors()
+        tensors = [entrance, *beside, *(y for _, _, y in reached), *tall]
+        found = torch.autograd.grad(
+            [end for end, _ in ends], tensors, [gradient for _, gradient in ends], allow_unused=True
+        )
+    at_carried: list[Tensor | None] = list(found[1 : 1 + len(beside)])
+    inner = found[1 + len(beside) :]
+    at_outputs, at_inputs = iter(inner[: len(reached)]), iter(inner[len(reached) :])
     uses = []
     for target, x, y in recorder.uses:
         gradient = next(at_outputs) if y.requires_grad else None
@@ -70,4 +82,4 @@ def recompute(
         uses.append(Use(target, x.detach(), y.detach(), gradient, next(at_inputs) if wanted else None))
     shared = [(x.detach(), [(target, y.detach()) for target, y in members]) for x, members in recorder.by_input()]
     assert found[0] is not None
-    return Recomputed(found[0], uses, shared)
+    return Recomputed(found[0], at_carried, uses, shared)

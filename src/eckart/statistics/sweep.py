@@ -77,14 +77,16 @@ def backward(
     """
     residence = residence_of(model, layout)
     stream = open_stream(model, residence, split_batches(windows, batch_tokens))
-    entrances = []
+    entrances, carried = [], []
     for at in walk(residence, stream, stage="calibrate", progress=progress):
         entrances.append(stream.states.snapshot())
+        carried.append(list(stream.carried))
         _forward_block(f"{layout.blocks}.{at.index}", at, [], stream, frozenset())
     gradients = loss_gradients(model, residence, stream, needs, seed, progress)
+    at_carried: list[list[Tensor | None]] = [[] for _ in stream.batches]  # nothing reads what the last block leaves
     for at in walk(residence, backward=True, stage="gradients", progress=progress):
         calls = [of_batch[at.index] for of_batch in stream.calls]
-        yield Backward(at.index, at.block, entrances.pop(), calls, gradients)
+        yield Backward(at.index, at.block, entrances.pop(), calls, gradients, carried.pop(), at_carried)
 
 
 def _forward_block(

@@ -9,7 +9,10 @@ from eckart.text.data import Windows
 def check_fit(windows: Windows, model: Any) -> None:
     """Raise `DataError` for windows that are too long for the model, or hold tokens beyond its embedding."""
     check_positions(windows.recipe.length, model)
-    known = len(model.get_input_embeddings().weight)
+    table = getattr(model.get_input_embeddings(), "weight", None)
+    if table is None:  # several embeddings; what it does on token ids alone is seen when it runs
+        return
+    known = len(table)
     largest = int(windows.ids.max())
     if largest >= known:
         raise DataError(
