@@ -27,10 +27,10 @@ WIDE, NARROW = (0.9, 0.8, 0.7, 0.6, 0.5), (0.8, 0.6)
 RECIPES = {  # name of a row: recipe, its options, shares
     "svd": ("svd", {}, NARROW),
     "fwsvd": ("fwsvd", {}, NARROW),
-    "asvd": ("asvd", {"allocator": "uniform"}, NARROW),
+    "asvd, uniform ranks": ("asvd", {"allocator": "uniform"}, NARROW),
     "svd-llm": ("svd-llm", {}, WIDE),
     "basis-sharing": ("basis-sharing", {}, NARROW),
-    "d-rank": ("d-rank", {}, WIDE),
+    "d-rank, as printed": ("d-rank", {"allocator.guard": "paper", "allocator.beta": 0.3}, WIDE),
     "cpsvd": ("cpsvd", {}, NARROW),
     "eckart": ("eckart", {}, WIDE),
     "eckart, uncorrected": ("eckart", {"allocator.correction": "off"}, WIDE),
