@@ -24,8 +24,8 @@ class CPSVD(Allocator):
 
     Block l loses a share in proportion to `softmax(-s_l / temperature)` with `s_l = 1 - cos(x_in, x_out)`.
     In a block that loses the share rho, modules are ranked from most to least sensitive (0, 1, ...) by
-    their relative truncation error at the nearest of nine shares to the one that is kept (the release looks it up at the
-    share that is removed, which the text does not say), and module i loses in proportion to
+    their relative truncation error at the nearest of nine shares to the one that is kept (the release looks it up at
+    the share that is removed, which the text does not say), and module i loses in proportion to
     `size_i * exp(rank_i / (1 + 10 tan(pi rho / 2)))`. No block or module loses more than 90 %; the
     release has no such bound. A module that loses nothing stays dense.
     """
