@@ -143,3 +143,22 @@ def test_infinite_activations_stop_with_the_name_of_the_module():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.inf
     with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp\.down_proj: NaN or infinity"):
         collect(model, discover(model), token_windows(), Need.SMALLER_GRAM)
+
+
+def test_what_waits_on_disk_is_what_waits_in_memory(tmp_path):
+    """The backward run reads the entrances of its blocks from files, and leaves none behind."""
+    model = tiny_models()["llama"]()
+    windows = torch.randint(3, 128, (4, 12), generator=torch.Generator().manual_seed(0))
+    needs = (Need.WEIGHED_GRAM, Need.GRADIENT_GRAM)
+    found = []
+    for spill in (None, tmp_path):
+        blocks = sweep(model, discover(model), windows, needs, batch_tokens=24, spill=spill)
+        if spill is not None:
+            first = next(blocks)
+            assert len(list(tmp_path.iterdir())) == len(model.model.layers)
+            found.append({**first, **{name: value for block in blocks for name, value in block.items()}})
+        else:
+            found.append({name: value for block in blocks for name, value in block.items()})
+    assert not list(tmp_path.iterdir())
+    for name, kept in found[0].items():
+        assert all(torch.equal(a.matrix, b.matrix) for a, b in zip(kept.grams, found[1][name].grams, strict=True))

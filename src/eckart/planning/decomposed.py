@@ -100,14 +100,15 @@ def decompose(
 ) -> Decomposed:
     """Decompose every group once.
 
-    `windows` is `[windows, length]` token ids, or None for a factorizer without needs. A group is
-    decomposed as soon as the sweep has passed all its members, and statistics that no other group
-    waits for are dropped at once, so that the Grams of one block are in memory, not of all. With `spill`, a folder,
-    decompositions are moved there as they are made. A group with a member that no token reached, or no gradient where
-    the factorizer asks for it, has no decomposition; raises `DataError` when that goes for all.
+    `windows` is `[windows, length]` token ids, or None for a factorizer without needs. A group is decomposed as soon
+    as the sweep has passed all its members, and statistics that no other group waits for are dropped at once, so that
+    the Grams of one block are in memory, not of all. With `spill`, a folder, decompositions are moved there as they
+    are made, and so is what enters each block until gradients have passed. A group with a member that no token
+    reached, or no gradient where the factorizer asks for it, has no decomposition; raises `DataError` when that goes
+    for all.
     """
     waiting = _Waiting(factorizer, list(groups), spill)
-    for statistics in _sweep(model, layout, groups, factorizer, windows, progress):
+    for statistics in _sweep(model, layout, groups, factorizer, windows, spill, progress):
         waiting.take(statistics, {name: operator(model, name).weight for name in statistics})
         del statistics  # or the Grams of a block would stay while the next one collects its own
         give_back()
@@ -168,6 +169,7 @@ def _sweep(
     groups: Sequence[Group],
     factorizer: Factorizer,
     windows: Tensor | None,
+    spill: Path | None,
     progress: Progress,
 ) -> Iterator[Mapping[str, Statistics]]:
     """Statistics of one block after another, with its weights at hand; empty ones for a factorizer without needs."""
@@ -176,7 +178,8 @@ def _sweep(
     if factorizer.needs:
         assert windows is not None
         sharing = {name for group in groups if len(group.targets) > 1 for name in group.names}
-        yield from sweep(model, layout, windows, factorizer.needs, whole_gram=sharing, progress=progress)
+        how: dict[str, Any] = {"whole_gram": sharing, "spill": spill, "progress": progress}
+        yield from sweep(model, layout, windows, factorizer.needs, **how)
         return
     for at in walk(residence_of(model, layout), stage="decompose", progress=progress):
         yield {target.name: Statistics() for target in layout.in_block(at.index)}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from eckart.model.calls import Call
 from eckart.model.carried import Carried
 from eckart.model.recorder import Recorder
-from eckart.model.store import Store
+from eckart.model.store import Spilled, Store
 from eckart.types import Target
 
 
@@ -24,7 +24,7 @@ class Backward:
 
     index: int
     block: nn.Module
-    entrances: Store
+    entrances: Store | Spilled
     calls: list[Call]
     gradients: list[Tensor]
     carried: list[Carried]

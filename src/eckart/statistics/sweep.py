@@ -11,6 +11,8 @@ gradient is ever formed by autograd.
 """
 
 from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from eckart.errors import NumericalError
 from eckart.model.discovery import Layout
 from eckart.model.recorder import Recorder
 from eckart.model.residence import residence_of
+from eckart.model.store import Spilled, Store
 from eckart.model.walk import BATCH_TOKENS, At, Stream, open_stream, split_batches, walk
 from eckart.progress import Progress, silent
 from eckart.statistics.at_inputs import collect_input, finish_inputs
@@ -38,20 +41,22 @@ def sweep(
     whole_gram: Collection[str] = (),
     batch_tokens: int = BATCH_TOKENS,
     seed: int = 0,
+    spill: Path | None = None,
     progress: Progress = silent,
 ) -> Iterator[dict[str, Statistics]]:
     """Yield `{target name: statistics}` for one block after another, with the weights of that block at hand.
 
-    `windows` is `[windows, length]` token ids. Blocks come in forward order, or in backward order if
-    a gradient statistic is among the needs. `seed` draws labels that are not the text's.
-    `whole_gram` names targets that get their input Gram even where their output Gram is smaller: those
-    that will share a basis. Raises `NumericalError` naming the module where NaN or infinity first appears.
+    `windows` is `[windows, length]` token ids. Blocks come in forward order, or in backward order if a gradient
+    statistic is among the needs. `seed` draws labels that are not the text's. `whole_gram` names targets that get
+    their input Gram even where their output Gram is smaller: those that will share a basis. With `spill`, a folder,
+    what enters each block waits there for the backward run. Raises `NumericalError` naming the module where NaN or
+    infinity first appears.
     """
     needs = frozenset(needs)
     check_labels(needs)
     if needs & GRADIENT_NEEDS:
-        options = {"batch_tokens": batch_tokens, "seed": seed}
-        for here in backward(model, layout, windows, needs, **options, progress=progress):
+        how: dict[str, Any] = {"batch_tokens": batch_tokens, "seed": seed, "spill": spill, "progress": progress}
+        for here in backward(model, layout, windows, needs, **how):
             yield backward_block(here.block, layout.in_block(here.index), here, needs, whole_gram)
         return
     residence = residence_of(model, layout)
@@ -69,24 +74,32 @@ def backward(
     *,
     batch_tokens: int = BATCH_TOKENS,
     seed: int = 0,
+    spill: Path | None = None,
     progress: Progress = silent,
 ) -> Iterator[Backward]:
     """Yield one block after another, from the last to the first; the caller moves the gradients past each.
 
-    `windows`, `seed` and the labels among the `needs` are those of `sweep`.
+    `windows`, `seed`, `spill` and the labels among the `needs` are those of `sweep`.
     """
     residence = residence_of(model, layout)
     stream = open_stream(model, residence, split_batches(windows, batch_tokens))
-    entrances, carried = [], []
+    entrances: list[Store | Spilled] = []
+    carried = []
     for at in walk(residence, stream, stage="calibrate", progress=progress):
-        entrances.append(stream.states.snapshot())
+        states = stream.states
+        entrances.append(
+            states.snapshot() if spill is None else states.spilled(spill / f"entrance-{at.index}.safetensors")
+        )
         carried.append(list(stream.carried))
         _forward_block(f"{layout.blocks}.{at.index}", at, [], stream, frozenset())
     gradients = loss_gradients(model, residence, stream, needs, seed, progress)
     at_carried: list[list[Tensor | None]] = [[] for _ in stream.batches]  # nothing reads what the last block leaves
     for at in walk(residence, backward=True, stage="gradients", progress=progress):
         calls = [of_batch[at.index] for of_batch in stream.calls]
-        yield Backward(at.index, at.block, entrances.pop(), calls, gradients, carried.pop(), at_carried)
+        entrance = entrances.pop()
+        yield Backward(at.index, at.block, entrance, calls, gradients, carried.pop(), at_carried)
+        if isinstance(entrance, Spilled):
+            entrance.drop()
 
 
 def _forward_block(
