@@ -94,7 +94,7 @@ def said(error: BaseException) -> str:
 
 @torch.no_grad()
 def walk_gap(model: nn.Module, layout: Layout, ids: Tensor) -> float:
-    """The largest difference between the states that enter a block in a plain forward pass and in the walk, relative."""
+    """The largest relative difference between what enters a block in a plain forward pass and in the walk."""
     residence, entering = residence_of(model, layout), list[Tensor]()
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -113,7 +113,7 @@ def walk_gap(model: nn.Module, layout: Layout, ids: Tensor) -> float:
 
 
 def gradient_gap(model: nn.Module, layout: Layout, ids: Tensor) -> float:
-    """The largest difference between a target's gradient Gram and what autograd through the whole model gives, relative.
+    """The largest relative difference between a target's gradient Gram and that of autograd through the whole model.
 
     Gradients of the summed next-token loss; a tall matrix has the Gram of the gradients at its input.
     """

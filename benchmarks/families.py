@@ -154,7 +154,7 @@ def build(name: str, seed: int = 0) -> Any:
     return model.eval()
 
 
-def small_config(kind: Any, corrections: Mapping[str, Any] = {}) -> Any:  # noqa: B006
+def small_config(kind: Any, corrections: Mapping[str, Any] = {}) -> Any:
     """A configuration of a class with every setting that `SMALL` knows; its sub-configurations likewise."""
     settings = _settings(kind)
     chosen = {name: SMALL[name] for name in settings if name in SMALL}

@@ -177,6 +177,6 @@ def test_forms_are_found_and_undone(axes: tuple[int, ...]) -> None:
 def test_states_without_windows_or_positions_are_refused() -> None:
     with pytest.raises(ModelError, match=r"^Model: its hidden states are \[33, 4\] for token ids \[3, 11\]"):
         form_of(IDS, lambda ids: torch.zeros(ids.numel(), 4), "Model")
-    with pytest.raises(ModelError, match="^Model: runs none of its blocks on token ids alone"):
+    with pytest.raises(ModelError, match=r"^Model: runs none of its blocks on token ids alone"):
         form_of(IDS, lambda ids: None, "Model")
     assert Form().native(IDS) is IDS

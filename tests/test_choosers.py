@@ -21,7 +21,12 @@ FAMILIES = {
     "hunyuan_v1_moe": {"mlp.gate.wg"},
     "jetmoe": {"mlp.router.layer", "self_attention.experts.router.layer"},
     "longcat_flash": {"mlp.router.classifier"},
-    "zaya": {"mlp.gate.down_proj", "mlp.gate.router_mlp.fc1", "mlp.gate.router_mlp.fc2", "mlp.gate.router_mlp.out_proj"},
+    "zaya": {
+        "mlp.gate.down_proj",
+        "mlp.gate.router_mlp.fc1",
+        "mlp.gate.router_mlp.fc2",
+        "mlp.gate.router_mlp.out_proj",
+    },
     "qwen3_next": {"linear_attn.in_proj_ba"},
     "qwen3_5_text": {"linear_attn.in_proj_a", "linear_attn.in_proj_b"},
     "olmo_hybrid": {"linear_attn.a_proj", "linear_attn.b_proj"},

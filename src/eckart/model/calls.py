@@ -37,16 +37,14 @@ class Call:
     form: Form = field(default_factory=Form)
 
     def run(self, block: Callable[..., Any], hidden: Tensor, carried: Carried) -> tuple[Tensor, Carried]:
-        """The output hidden states, `[batch, seq, width]`, of the block or of what stands in for it; what it carries on.
+        """The output hidden states, `[batch, seq, width]`, of the block or of its stand-in, and what it carries on.
 
         `carried` is what the blocks before have left for this one; it stays as it is.
         """
         args, kwargs = self.reads.filled(self.args, self.kwargs, carried)
         states = self.form.native(hidden)
-        if HIDDEN in self.kwargs:
-            output = block(*args, **{**kwargs, HIDDEN: states})
-        else:
-            output = block(states, *args, **kwargs)
+        by_name = HIDDEN in self.kwargs
+        output = block(*args, **{**kwargs, HIDDEN: states}) if by_name else block(states, *args, **kwargs)
         return self.form.plain(states_of(output)), self.reads.left(output)
 
 
