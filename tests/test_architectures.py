@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import transformers
-
 from conftest import NEWER
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -19,8 +18,8 @@ import families
 # Of each kind one: plain, biased, transposed, fused, latent attention, shared keys and values, recurrent, hybrid,
 # sparse attention, streams, routed experts in several forms, encoders' halves, tied blocks, converters.
 RIGHT = (
-    "llama gpt2 opt bloom falcon gpt_neox phi3 gemma3_text gemma3n_text gemma4_text deepseek_v3 deepseek_v4 glm_moe_dsa "
-    "mamba bamba qwen3_next afmoe gpt_oss jetmoe zaya xlnet bart zamba2 sarvam_moe lara_mini"
+    "llama gpt2 opt bloom falcon gpt_neox phi3 gemma3_text gemma3n_text gemma4_text deepseek_v3 deepseek_v4 "
+    "glm_moe_dsa mamba bamba qwen3_next afmoe gpt_oss jetmoe zaya xlnet bart zamba2 sarvam_moe lara_mini"
 )
 REFUSED = {
     "hrm_text": "run block by block, its predictions differ from its own",

@@ -154,6 +154,17 @@ def test_a_block_that_is_left_out_leaves_states_as_they_are() -> None:
     assert torch.allclose(run_tail(model, residence, stream, 0).logits, expected, atol=1e-5)
 
 
+def test_blocks_that_run_out_of_order_are_refused() -> None:
+    model = tiny_models()["llama"]()
+    layers = model.model.layers
+    layers.append(tiny_models()["llama"]().model.layers[1])
+    model.config.num_hidden_layers = 3
+    residence = residence_of(model, discover(model))
+    model.model.layers = nn.ModuleList([layers[1], layers[0], layers[2]])
+    with pytest.raises(ModelError, match=r"^LlamaForCausalLM: runs its blocks in the order 1, 0, 2; eckart needs each"):
+        open_stream(model, residence, [IDS])
+
+
 @pytest.mark.parametrize("axes", [(0, 1, 2, 3), (1, 2, 0, 3), (1, 0, 2, 3), (0, 1, 3)])
 def test_forms_are_found_and_undone(axes: tuple[int, ...]) -> None:
     """States of windows 3, positions 11, two streams of width 5, arranged in any way."""
@@ -177,6 +188,6 @@ def test_forms_are_found_and_undone(axes: tuple[int, ...]) -> None:
 def test_states_without_windows_or_positions_are_refused() -> None:
     with pytest.raises(ModelError, match=r"^Model: its hidden states are \[33, 4\] for token ids \[3, 11\]"):
         form_of(IDS, lambda ids: torch.zeros(ids.numel(), 4), "Model")
-    with pytest.raises(ModelError, match="^Model: runs none of its blocks on token ids alone"):
+    with pytest.raises(ModelError, match=r"^Model: runs none of its blocks on token ids alone"):
         form_of(IDS, lambda ids: None, "Model")
     assert Form().native(IDS) is IDS

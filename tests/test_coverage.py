@@ -71,9 +71,10 @@ def test_what_is_named_or_enough_is_compressed(calibration: eckart.Calibration) 
 
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """What a command prints."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["eckart", *arguments])
-        main()
+        with pytest.raises(SystemExit) as ended:
+            main()
     assert ended.value.code == 0
     return capsys.readouterr().out
 

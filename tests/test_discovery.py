@@ -101,12 +101,21 @@ def test_a_factorised_model_is_not_factorised_again(make):
         eckart.compress(make("llama"), tokenizer=tiny_tokenizer(), recipe="svd", keep=0.5)
 
 
-def test_a_model_that_leaves_blocks_out_is_named(tmp_path):
+def test_blocks_that_a_model_leaves_out_stay_dense(tmp_path, caplog):
     model = tiny_models()["llama"]()
     model.config.num_hidden_layers = 1  # of the two that it has
     (tmp_path / "text.txt").write_text("the cat sat on a mat " * 100)
     text = eckart.Calibration(str(tmp_path / "text.txt"), windows=2, length=16)
-    with pytest.raises(
-        ModelError, match=r"^LlamaForCausalLM: called 1 of its 2 blocks in one run; eckart needs every block"
-    ):
+    made = eckart.compress(model, tokenizer=tiny_tokenizer(), recipe="svd-llm", keep=0.5, calibration=text)
+    assert {target.block for target in made.layout.targets} == {0}
+    assert "stays dense, since no token of the calibration reached it: model.layers.1.self_attn.q_proj" in caplog.text
+
+
+def test_a_model_that_runs_a_block_twice_is_named(tmp_path):
+    model = tiny_models()["llama"]()
+    model.model.layers.append(model.model.layers[0])
+    model.config.num_hidden_layers = 3
+    (tmp_path / "text.txt").write_text("the cat sat on a mat " * 100)
+    text = eckart.Calibration(str(tmp_path / "text.txt"), windows=2, length=16)
+    with pytest.raises(ModelError, match=r"^LlamaForCausalLM: "):
         eckart.compress(model, tokenizer=tiny_tokenizer(), recipe="svd-llm", keep=0.5, calibration=text)

@@ -37,16 +37,14 @@ class Call:
     form: Form = field(default_factory=Form)
 
     def run(self, block: Callable[..., Any], hidden: Tensor, carried: Carried) -> tuple[Tensor, Carried]:
-        """The output hidden states, `[batch, seq, width]`, of the block or of what stands in for it; what it carries on.
+        """The output hidden states, `[batch, seq, width]`, of the block or of its stand-in, and what it carries on.
 
         `carried` is what the blocks before have left for this one; it stays as it is.
         """
         args, kwargs = self.reads.filled(self.args, self.kwargs, carried)
         states = self.form.native(hidden)
-        if HIDDEN in self.kwargs:
-            output = block(*args, **{**kwargs, HIDDEN: states})
-        else:
-            output = block(states, *args, **kwargs)
+        by_name = HIDDEN in self.kwargs
+        output = block(*args, **{**kwargs, HIDDEN: states}) if by_name else block(states, *args, **kwargs)
         return self.form.plain(states_of(output)), self.reads.left(output)
 
 
@@ -116,7 +114,7 @@ def capture(model: nn.Module, blocks: Iterable[nn.Module], batches: Sequence[Ten
         stand_in = _Capture(interned, form, len(blocks), captured.returned)
         with forwards_replaced(blocks, stand_in.fake), suppress(_Stop):
             model(input_ids=batch, use_cache=False)
-        _check_order(name, stand_in.order, len(blocks))
+        _check_order(name, stand_in.order)
         captured.hidden.append(stand_in.hidden)
         captured.calls.append(stand_in.finished(len(blocks)))
         captured.carried.append(Carried.before_the_first(stand_in.shared))
@@ -124,13 +122,11 @@ def capture(model: nn.Module, blocks: Iterable[nn.Module], batches: Sequence[Ten
     return captured
 
 
-def _check_order(name: str, order: Sequence[int], blocks: int) -> None:
+def _check_order(name: str, order: Sequence[int]) -> None:
     """Blocks run in order, once each; some may be left out, as those that look at images are."""
-    if not order or sorted(set(order)) != list(order):
-        raise ModelError(
-            f"{name}: called {len(set(order))} of its {blocks} blocks in {len(order)} calls in one run; eckart needs "
-            "every block to run once, in order."
-        )
+    if sorted(set(order)) != list(order):
+        said = ", ".join(map(str, order[:8])) + (", ..." if len(order) > 8 else "")
+        raise ModelError(f"{name}: runs its blocks in the order {said}; eckart needs each to run once, in order.")
 
 
 def _states_at_entrance(model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor) -> Tensor | None:

@@ -9,7 +9,6 @@ from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -74,11 +73,11 @@ class Reads:
     ) -> "Reads":
         """By identity: `output` is what the stand-in for the block before has returned."""
         beside = output[1:] if isinstance(output, tuple | list) else ()
-        arguments: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+        arguments: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
 
         def where(things: Sequence[Any]) -> dict[int | str, int]:
             number = {id(thing): i for i, thing in enumerate(things) if isinstance(thing, Tensor | MutableMapping)}
-            return {place: number[id(value)] for place, value in arguments.items() if id(value) in number}
+            return {place: number[id(value)] for place, value in arguments if id(value) in number}
 
         return Reads(where(beside), where(shared), tuple(shared))
 

@@ -19,7 +19,6 @@ from eckart.model.choosers import choosers
 from eckart.portable.linear import is_factorized, is_linear, shape_of, weight_view
 from eckart.types import Skipped, Target
 
-
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
@@ -65,7 +64,7 @@ class Layout:
 
     @property
     def coverage(self) -> str:
-        """What is covered, and why the rest is not, in one line; reasons below a hundredth of the blocks are left out."""
+        """What is covered, and why the rest is not, in one line; reasons for less than a hundredth are left out."""
         left = ", ".join(f"{share:.1%} ({why})" for why, share in self.uncovered.items() if share >= 0.01)
         return f"targets are {self.covered:.1%} of the blocks' parameters" + (f"; untouched: {left}" if left else "")
 

@@ -35,7 +35,8 @@ class Form:
         """The states as the model has them, of `[batch, seq, width]`."""
         if self.is_plain:
             return states
-        return states.unflatten(2, self.rest).movedim((0, 1), (self.windows, self.positions)).contiguous()
+        apart = states.reshape(*states.shape[:2], *self.rest)
+        return apart.movedim((0, 1), (self.windows, self.positions)).contiguous()
 
 
 def form_of(ids: Tensor, states_of: Callable[[Tensor], Tensor | None], name: str) -> Form:

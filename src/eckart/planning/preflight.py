@@ -58,8 +58,8 @@ def check_outline(
 ) -> Windows | None:
     """Before weights are read: what the recipe needs of the model, a saved plan, the goal, what can be saved, the text.
 
-    `named` says that the caller has named the targets. Returns the windows of the text, None if no text is needed, or the model is to write it. Raises the `UserError` that
-    says what is wrong.
+    `named` says that the caller has named the targets. Returns the windows of the text, None if no text is needed, or
+    the model is to write it. Raises the `UserError` that says what is wrong.
     """
     model, layout = outline.structure, outline.layout
     if model is None or layout is None:
@@ -111,8 +111,8 @@ def _check_coverage(model: "PreTrainedModel", layout: Layout) -> None:
     if layout.covered < LEAST_COVERED:
         part = max(layout.targets, key=lambda target: target.parameters).kind.partition(".")[0]
         raise BudgetError(
-            f"{type(model).__name__}: {layout.coverage}; whatever is asked for, the model would stay nearly as it is. To "
-            f"compress the targets alone, name them: --include '{part}.*'; `eckart inspect` lists them."
+            f"{type(model).__name__}: {layout.coverage}; whatever is asked for, the model would stay nearly as it is. "
+            f"To compress the targets alone, name them: --include '{part}.*'; `eckart inspect` lists them."
         )
 
 
