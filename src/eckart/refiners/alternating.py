@@ -109,13 +109,13 @@ class Alternating(Refiner):
         gram = here.input_gram(chosen[0], train).matrix
         writes = len(stage) == 1 and stage[0].out_features == aims[0].shape[-1]
         for target in chosen:
-            weight, layer = refinement.dense_weights[target.name], here.block.get_submodule(target.kind)
+            weight, layer = refinement.dense_weights[target.name], here.block.get_submodule(target.place)
             assert isinstance(layer, FactorizedLayer)
             cross = weight.double() @ gram
             if writes and self.share > 0:
                 cross = blend(cross, missing_cross(here, target, aims, train), self.share)
             basis, coefficients = regress(weight, cross, gram, layer.rank, self.damping)
-            put_(here.block, {target.kind: (basis.to(weight.dtype), coefficients.to(weight.dtype))})
+            put_(here.block, {target.place: (basis.to(weight.dtype), coefficients.to(weight.dtype))})
 
 
 def missing_cross(here: AtBlock, target: Target, aims: Sequence[Tensor], batches: Sequence[int]) -> Tensor:
@@ -125,7 +125,7 @@ def missing_cross(here: AtBlock, target: Target, aims: Sequence[Tensor], batches
     matrix that writes to the residual stream.
     """
     total = torch.zeros(target.out_features, target.in_features, dtype=torch.float64, device=aims[0].device)
-    bias = operator(here.block, target.kind).bias
+    bias = operator(here.block, target.place).bias
     with Recorder(here.block, [target]) as recorder:
         for batch in batches:
             output = here.run(batch)

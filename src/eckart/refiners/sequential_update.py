@@ -50,10 +50,10 @@ class SequentialUpdate(Refiner):
                 continue
             gram = here.input_gram(chosen[0], everything)
             for target in chosen:
-                layer = here.block.get_submodule(target.kind)
+                layer = here.block.get_submodule(target.place)
                 assert isinstance(layer, FactorizedLayer)
                 basis, coefficients = layer.basis.weight, layer.coefficients.weight
                 weight = refinement.dense_weights[target.name]
                 residual = weight.double() - coefficients.double() @ basis.double()
                 change = coefficient_change(residual, basis.double(), gram.matrix, self.damping)
-                put_(here.block, {target.kind: (basis, coefficients + change.to(coefficients.dtype))})
+                put_(here.block, {target.place: (basis, coefficients + change.to(coefficients.dtype))})

@@ -4,7 +4,7 @@ One backward run through one recomputed block at a time. Gradients of weights ar
 those of activations, of which a matrix keeps the Gram on its smaller side.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from eckart.errors import NumericalError
 from eckart.model.calls import Call
+from eckart.model.experts import Routed
 from eckart.model.recorder import Recorder
 from eckart.model.residence import Residence
 from eckart.model.store import Store
 from eckart.model.walk import Stream, tail_of
 from eckart.progress import Progress, track
 from eckart.statistics.at_inputs import collect_input, finish_inputs
+from eckart.statistics.routed import PRIOR, readers, settle_, weighs_by_gates
 from eckart.statistics.sums import (
     GRADIENT_GRAM_NEEDS,
     GRADIENT_NEEDS,
@@ -119,16 +121,18 @@ def backward_block(
     at: Backward,
     needs: frozenset[Need],
     whole_gram: Collection[str] = (),
+    prior: float = PRIOR,
 ) -> dict[str, Statistics]:
     """Recompute one block, collect its statistics, and move the gradients to its entrance, in place."""
     result = {target.name: Statistics() for target in targets}
-    gradients = at.gradients
+    gradients, whole_gram = at.gradients, {*whole_gram, *readers(block, targets)}
     for index, (entrance, call) in enumerate(zip(at.entrances, at.calls, strict=True)):
         entrance = entrance.detach().requires_grad_()
         with Recorder(block, targets, own_inputs=True) as recorder, torch.enable_grad():
             output = call.run(block, entrance)
             # What only chooses, such as an indexer of sparse attention, runs apart from the gradient or ends there.
             uses = [(target, x, y) for target, x, y in recorder.uses if y.requires_grad]
+            routed = [r for (_, _, y), r in zip(recorder.uses, recorder.routed, strict=True) if y.requires_grad]
             tall = [x for target, x, _ in uses if needs & GRADIENT_GRAM_NEEDS and _is_tall(target)]
             tensors = [entrance, *(y for _, _, y in uses), *tall]
             found: Sequence[Tensor | None] = torch.autograd.grad(output, tensors, gradients[index], allow_unused=True)
@@ -138,29 +142,47 @@ def backward_block(
         for target, _, y in recorder.uses:
             result[target.name].without_gradient |= not y.requires_grad
         at_inputs = iter(inner_gradients[len(uses) :])
-        for (target, x, _), gradient in zip(uses, inner_gradients[: len(uses)], strict=True):
-            statistics, windows = result[target.name], len(entrance)
+        windows = len(entrance)
+        for target in targets:  # an expert's loss is spread over all predictions, whether a token reached it or not
+            if target.expert is not None and needs & GRADIENT_GRAM_NEEDS:
+                result[target.name].predictions += windows * (entrance.shape[1] - 1)
+        for (target, x, _), gradient, on in zip(uses, inner_gradients[: len(uses)], routed, strict=True):
+            statistics = result[target.name]
             pulled = next(at_inputs) if needs & GRADIENT_GRAM_NEEDS and _is_tall(target) else None
             if gradient is None:
                 statistics.without_gradient = True
                 continue
             if needs & GRADIENT_GRAM_NEEDS:
                 _add_gradient(statistics, target, gradient, pulled)
-                statistics.predictions += windows * (entrance.shape[1] - 1)
+                statistics.predictions += windows * (entrance.shape[1] - 1) if on is None else 0
             if Need.WEIGHT_FISHER in needs:
-                _add_weight_fisher(statistics, _per_window(x.detach(), windows), _per_window(gradient, windows))
-        for x, members in recorder.by_input():
+                for inputs, own in _by_window(x.detach(), gradient, windows, entrance.shape[1], on):
+                    _add_weight_fisher(statistics, inputs, own, entrance.shape[1] - 1)
+        for x, members in recorder.by_input(gated=weighs_by_gates(needs)):
             outputs = [(t, y.detach()) for t, y in members]
             collect_input(x.detach(), outputs, block, result, needs - GRADIENT_NEEDS, whole_gram)
         mark_three_quarters(result.values(), index + 1, len(at.entrances))
     for target in targets:
         finish_inputs(target, result[target.name], needs - GRADIENT_NEEDS)
         _check(target, result[target.name])
+    settle_(block, targets, result, needs, prior)
     return result
 
 
 def _is_tall(target: Target) -> bool:
     return target.out_features > target.in_features
+
+
+def _by_window(
+    x: Tensor, gradient: Tensor, windows: int, length: int, routed: Routed | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and gradients `[windows, seq, k]`, or window by window those of the tokens that reached an expert."""
+    if routed is None:
+        yield _per_window(x, windows), _per_window(gradient, windows)
+        return
+    for window in range(windows):
+        rows = routed.tokens // length == window
+        yield x[rows][None], gradient[rows][None]
 
 
 def _per_window(tensor: Tensor, windows: int) -> Tensor:
@@ -182,9 +204,9 @@ def _add_gradient(statistics: Statistics, target: Target, gradient: Tensor, pull
     statistics.gradient_gram.add_(gradient)
 
 
-def _add_weight_fisher(statistics: Statistics, x: Tensor, gradient: Tensor) -> None:
+def _add_weight_fisher(statistics: Statistics, x: Tensor, gradient: Tensor, predictions: int) -> None:
     """Add `(dloss/dW)^2` of each window's mean loss, for x `[batch, seq, in]` and gradient `[batch, seq, out]`."""
-    of_mean = gradient.mT.float() @ x.float() / (x.shape[1] - 1)
+    of_mean = gradient.mT.float() @ x.float() / predictions
     squared = of_mean.square().sum(0, dtype=torch.float64)  # [out, in]
     rows, columns = statistics.fisher_rows, statistics.fisher_columns
     statistics.fisher_rows = squared.sum(1) if rows is None else rows + squared.sum(1)
