@@ -12,6 +12,7 @@ from eckart.checkpoints import checkpoint
 from eckart.checkpoints.provenance import make_provenance
 from eckart.ledger import Ledger
 from eckart.model.discovery import Layout
+from eckart.model.experts import close_all_
 from eckart.model.factorise import store_
 from eckart.model.operators import operator
 from eckart.planning.loaded import Loaded, Text
@@ -93,7 +94,7 @@ def carry_out(
         names = [name for entry in entries if entry.rank is not None for name in entry.targets]
         dense = {name: operator(loaded.model, name).weight for name in names}
         text.read()  # now: the dense model may be the author of the text
-    drift = planned.decomposed.drift
+    drift, routed = planned.decomposed.drift, planned.decomposed.routed
     _factorise(loaded, planned, groups, entries, stages)
     notes = _refine(loaded, text, planned.plan, refiners, dense, work, stages)
     _store(loaded, entries, stages)
@@ -108,7 +109,7 @@ def carry_out(
         ledger=book.to_dict(),
         command=command(calibration=None if text.windows is None else text.calibration),
     )
-    for name, facts in (("refinement", notes), ("metric_drift", drift), ("kl", kl)):
+    for name, facts in (("refinement", notes), ("metric_drift", drift), ("kl", kl), ("experts", routed and routed.to_dict())):
         provenance |= {name: facts} if facts else {}
     return Compression(
         loaded.model, loaded.tokenizer, loaded.layout, planned.plan, book, provenance, stages.seconds,
@@ -177,8 +178,9 @@ def _measured(planned: Planned, changed: bool, stages: Stages) -> dict[str, Any]
 
 
 def _finish(loaded: Loaded) -> None:
-    """Cast to the stored dtype, and attach what plain `save_pretrained` needs."""
+    """Close the stacks of experts, cast to the stored dtype, and attach what plain `save_pretrained` needs."""
     from eckart.portable import hf  # imports transformers
 
+    close_all_(loaded.model)
     dtypes.cast_(loaded.model, loaded.stored_dtype)
     hf.attach_(loaded.model, hf.specs_of(loaded.model))

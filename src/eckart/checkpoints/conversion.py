@@ -44,7 +44,9 @@ def convert(folder: str | Path, *, storage: str, out: str | Path, progress: Prog
     model, tokenizer = checkpoint.load(folder), checkpoint.load_tokenizer(folder)
     specs, skeleton = hf.specs_of(model), hf.dense_skeleton(model)
     left = {} if storage == "dense" else _left(model, specs, storage)
-    names = [n for n, spec in specs.items() if n not in left and spec["storage"] != storage]
+    # A stack of experts is pairs, and becomes nothing else but dense.
+    kept = left if storage == "dense" else {*left, *(n for n, s in specs.items() if s["storage"] == hf.STORAGE)}
+    names = [n for n, spec in specs.items() if n not in kept and spec["storage"] != storage]
     if storage == "dense" and specs:
         model.dequantize()
     else:
@@ -63,6 +65,9 @@ def _left(model: nn.Module, specs: hf.Specs, storage: str) -> dict[str, str]:
     owners = [spec.get("basis_of", name) for name, spec in specs.items()]
     left = {}
     for name, spec in specs.items():
+        if spec["storage"] == hf.STORAGE:
+            left |= {} if storages.find(storage).stacks else {name: "is a stack of experts, which is stored as pairs"}
+            continue
         members = owners.count(spec.get("basis_of", name))
         size = Size(*shape_of(model.get_submodule(name)), spec["rank"], spec.get("kept", 0), members)
         if refusal := storages.find(storage).refusal(size):
@@ -72,7 +77,7 @@ def _left(model: nn.Module, specs: hf.Specs, storage: str) -> dict[str, str]:
 
 def _plan(plan: Plan | None, model: nn.Module, layout: Layout) -> tuple[Plan, Ledger]:
     """The plan with the storage that the model has now, or one read off the model; and its ledger."""
-    specs = hf.specs_of(model)
+    specs = checkpoint.layer_specs(hf.specs_of(model))
     if plan is None:
         sharing: dict[str, list[str]] = {}
         for name, spec in specs.items():

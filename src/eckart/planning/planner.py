@@ -55,7 +55,7 @@ def make_plan(
     stages: Stages,
 ) -> Planned:
     """The plan of a recipe that meets a goal; where the recipe predicts its loss, corrected by what is measured."""
-    groups = recipe.make_grouping().groups(loaded.layout.targets)
+    groups = recipe.groups(loaded.layout.targets)
     if goal.keep is not None:
         ledger.check_reachable(groups, goal.keep, rank_multiple, recipe.storage)
     decomposed = decompose_for(loaded, text, recipe, groups, spill=spill, stages=stages)
@@ -121,8 +121,11 @@ def decompose_for(
     ids = text.ids() if factorizer.needs and groups else None
     with stages("calibrate and decompose"):
         decomposed = decompose(
-            loaded.model, loaded.layout, groups, factorizer, ids, spill=spill, progress=stages.progress
-        )
+            loaded.model, loaded.layout, groups, factorizer, ids,
+            spill=spill, prior=recipe.make_experts().prior, progress=stages.progress,
+        )  # fmt: skip
+    if decomposed.routed:
+        log.log(*decomposed.routed.message(loaded.layout))
     for reason in dict.fromkeys(decomposed.left.values()):
         names = [name for name, why in decomposed.left.items() if why == reason]
         log.warning("stays dense, since %s: %s", reason, ", ".join(names))
@@ -157,6 +160,7 @@ class _Task:
     def _plan(self, allocate: "Allocate", spectra: Sequence[Spectrum], keep: float) -> Plan:
         """The plan for a share, with what it reaches by the ledger and by the metric."""
         entries = allocate(spectra, Budget(keep, self.rank_multiple, self.recipe.storage))
+        entries = [replace(e, own_bases=s.group.own_bases) for e, s in zip(entries, spectra, strict=True)]
         entries = self.decomposed.settle([with_figures(e, s) for e, s in zip(entries, spectra, strict=True)])
         goal = {**self.goal.to_dict(), "rank_multiple": self.rank_multiple}
         plan = Plan(tuple(entries), goal, {}, self.recipe.to_dict())

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from eckart.model.experts import OpenStack
-from eckart.portable.linear import weight_view
 from eckart.statistics.sums import GRADIENT_GRAM_NEEDS, GRADIENT_NEEDS, Gram, Need, Statistics
 from eckart.types import Target
 
@@ -46,8 +45,8 @@ def settle_(
         if any(s.tokens for s in collected):
             layer = _Layer.of(collected, _stack(block, kind).reads_states)
             for target, statistics in zip(members, collected, strict=True):
-                weight = weight_view(_stack(block, kind).get_submodule(str(target.expert)))
-                _mend(statistics, layer, weight, needs, prior)
+                weight: Tensor = _stack(block, kind).get_submodule(str(target.expert)).weight  # type: ignore[assignment]
+                _mend(statistics, layer, weight.detach(), needs, prior)
 
 
 def _stack(block: nn.Module, kind: str) -> OpenStack:

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from eckart import storages
+from eckart.checkpoints.checkpoint import layer_specs
 from eckart.model import kv_cache
 from eckart.portable import hf
 from eckart.portable.linear import is_factorized
@@ -113,8 +114,9 @@ def reasons(model: "PreTrainedModel", cost: Cost, device: str, dtype: str) -> li
     if not specs:
         return ["No layer is factorised, so nothing can be faster."]
     multiple = tile(device, dtype)
-    odd = sum(spec["rank"] % multiple != 0 for spec in specs.values())
-    gathers = sum(storages.find(spec["storage"]).reorders for spec in specs.values())
+    layers = layer_specs(specs)
+    odd = sum(spec["rank"] % multiple != 0 for spec in layers.values())
+    gathers = sum(storages.find(spec["storage"]).reorders for spec in layers.values())
     sentences = [
         f"{len(specs)} layers run two products where the dense model runs one; with few tokens each has a cost of "
         f"its own, whatever its size."
@@ -125,7 +127,7 @@ def reasons(model: "PreTrainedModel", cost: Cost, device: str, dtype: str) -> li
         )
     if odd:
         sentences.append(
-            f"{odd} of {len(specs)} ranks are not multiples of {multiple}, the tile of {dtype} on {device}: compress "
+            f"{odd} of {len(layers)} ranks are not multiples of {multiple}, the tile of {dtype} on {device}: compress "
             f"with --rank-multiple {multiple}."
         )
     if cost.head_bytes:
