@@ -78,15 +78,16 @@ class Gone:
             raise ImportError(name)
 sys.meta_path.insert(0, Gone())
 for folder in sys.argv[1:]:
+    try:
+        transformers.AutoModelForCausalLM.from_pretrained(folder)
+    except Exception as error:
+        assert "mismatch" in str(error), error
+    else:
+        raise SystemExit("a dense model was drawn at random")
+for folder in sys.argv[1:]:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     model.save_pretrained(folder + "-again")
     torch.save((dict(model.named_parameters()), model(torch.arange(5, 30)[None]).logits), folder + "/said.pt")
-    try:
-        transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        assert "size mismatch" in str(error) or "mismatch" in str(error), error
-    else:
-        raise SystemExit("a dense model was drawn at random")
 """
 
 
@@ -142,8 +143,7 @@ def test_multiplied_out_it_is_an_ordinary_folder(saved, tmp_path):
     assert same(eckart.load(tmp_path / "pivoted"), model)
 
 
-def test_the_plan_of_a_folder_has_to_be_what_its_stacks_are(saved):
-    folder, _ = saved("qwen3-moe")
+def test_a_plan_has_to_be_what_the_stacks_are():
     name = "model.layers.0.mlp.experts.gate_up_proj"
     specs = {name: {"storage": "experts", "ranks": [5, 0, 5, 5]}}
     assert set(checkpoint.layer_specs(specs)) == {f"{name}.{e}" for e in (0, 2, 3)}
@@ -161,7 +161,7 @@ def test_the_plan_of_a_folder_has_to_be_what_its_stacks_are(saved):
         ({"storage": "experts", "ranks": [5, 0, 9]}, "must be 4 whole numbers"),
         ({"storage": "experts", "ranks": [5, 0, 9, 33]}, "must be 4 whole numbers"),
         ({"storage": "experts", "ranks": [5, 0, 9, "5"]}, "must be a text or a whole number"),
-        ({"storage": "pair", "rank": 5}, "is a Parameter|not a linear layer|has no such layer|no attribute"),
+        ({"storage": "pair", "rank": 5}, "is a stack of experts, so its storage"),
     ],
 )
 def test_an_entry_that_cannot_be_is_refused_by_name(saved, entry, said):

@@ -29,7 +29,9 @@ QUICK = {
 
 @pytest.fixture
 def text(tmp_path):
-    (tmp_path / "text.txt").write_text("Sphinx of black quartz, judge my vow. How vexingly quick daft zebras jump! " * 9)
+    (tmp_path / "text.txt").write_text(
+        "Sphinx of black quartz, judge my vow. How vexingly quick daft zebras jump! " * 9
+    )
     return eckart.Calibration(str(tmp_path / "text.txt"), 4, 24)
 
 
@@ -55,7 +57,7 @@ def test_end_to_end(family, recipe, text, tokenizer, tmp_path, ids):
     is_exact(made)
     assert list(stacks_in(made.model))
     assert all(len(set(stack.ranks)) == 1 for _, stack in stacks_in(made.model))
-    entries = [entry for entry in made.plan.entries if "experts" in entry.name]
+    entries = [entry for entry in made.plan.entries if ".experts." in entry.name]
     assert all(entry.own_bases and len(entry.targets) == 4 for entry in entries)
     loaded, native = eckart.load(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
@@ -104,8 +106,8 @@ def test_the_rarest_expert_is_named_with_its_tokens(text, tokenizer, caplog):
     facts = made.provenance["experts"]
     assert facts["tokens"] > 0
     assert f"the rarest expert, {facts['rarest']}, saw {facts['tokens']} tokens; calibrate on more text" in caplog.text
-    dense = [entry for entry in caplog.records if "rarest" in entry.message]
-    assert dense[0].levelno == logging.WARNING
+    said = [record for record in caplog.records if "the rarest expert" in record.getMessage()]
+    assert [record.levelno for record in said] == [logging.WARNING]
 
 
 def test_a_group_of_experts_loses_what_its_members_lose():

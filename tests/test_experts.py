@@ -1,4 +1,4 @@
-"""Experts as targets: how their matrices are found, which way they lie, and what a model computes while they are open."""
+"""Experts as targets: how their matrices are found, which way they lie, what a model computes while they are open."""
 
 from typing import ClassVar
 
@@ -170,8 +170,8 @@ def test_experts_that_do_something_of_their_own_are_refused_when_they_are_opened
     block = nn.Module()
     block.mlp = Shifted(None)
     model = nn.Sequential(nn.ModuleList([block]))
-    with pytest.raises(ModelError, match=r"0\.0\.mlp: a Shifted computes something else than its experts one by one"):
-        with opened(model, discover(model).targets):
-            pass
+    said = r"0\.0\.mlp: a Shifted computes something else than its experts one by one"
+    with pytest.raises(ModelError, match=said), opened(model, discover(model).targets):
+        pass
     assert not is_open(block.mlp)
     assert isinstance(block.mlp.down_proj, nn.Parameter)

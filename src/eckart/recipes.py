@@ -43,8 +43,8 @@ from eckart.types import Group, Target
 class Recipe:
     """Which parts, with which options. Options that are not named have the part's defaults.
 
-    `options` maps "factorizer", "allocator", "grouping", "experts" and the name of each refiner to its options. `storage` is how
-    factors are stored in the end, where a group can have it; it prices ranks for every allocator.
+    `options` maps "factorizer", "allocator", "grouping", "experts" and the name of each refiner to its options.
+    `storage` is how factors are stored in the end, where a group can have it; it prices ranks for every allocator.
     """
 
     name: str
@@ -207,7 +207,13 @@ def _override(recipe: Recipe, key: str, value: Any) -> Recipe:
     part, _, option = key.partition(".")
     if key in ("storage", "allocator.storage"):  # the latter is its name up to version 0.1
         return replace(recipe, storage=checked_storage(str(value)))
-    parts = ["factorizer", "allocator", "grouping", "experts", *(recipe.refiners if option else ["refiners", "storage"])]
+    parts = [
+        "factorizer",
+        "allocator",
+        "grouping",
+        "experts",
+        *(recipe.refiners if option else ["refiners", "storage"]),
+    ]
     if part not in parts or key in ("grouping", "experts"):
         raise OptionError(registry.unknown("part of a recipe", part, parts))
     if key == "refiners":

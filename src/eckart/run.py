@@ -109,7 +109,12 @@ def carry_out(
         ledger=book.to_dict(),
         command=command(calibration=None if text.windows is None else text.calibration),
     )
-    for name, facts in (("refinement", notes), ("metric_drift", drift), ("kl", kl), ("experts", routed and routed.to_dict())):
+    for name, facts in (
+        ("refinement", notes),
+        ("metric_drift", drift),
+        ("kl", kl),
+        ("experts", routed and routed.to_dict()),
+    ):
         provenance |= {name: facts} if facts else {}
     return Compression(
         loaded.model, loaded.tokenizer, loaded.layout, planned.plan, book, provenance, stages.seconds,

@@ -135,8 +135,8 @@ class Spectrum:
 
     `values` is `[full_rank]`, float64 on the CPU, falling. Cutting at rank r makes the error
     `sqrt(sum_{i>r} values_i^2)` in that metric (Eckart and Young 1936). Of a group whose members have a basis each,
-    they are roots of sums over the members, so that the same holds for all of them cut at rank r. `nats` turns a squared error
-    into a predicted loss in nats per token; it is `None` for a metric that does not measure the
+    they are roots of sums over the members, so that the same holds for all of them cut at rank r. `nats` turns a
+    squared error into a predicted loss in nats per token; it is `None` for a metric that does not measure the
     model's loss (every one without gradients), and then `loss` is `None` as well. `observed` holds
     what an allocator asked to be measured, by name (`eckart.measuring.scene`): "sensitivity" is `{share: KL of the
     model's output}` when this group alone is moved to a share, "similarity" the cosine between what enters and what

@@ -72,8 +72,8 @@ def export(model: str | Path, *, to: str, out: str | Path, int8: bool = False, p
     loaded = checkpoint.load_model(str(model))
     if stack := next(iter(stacks_in(loaded)), None):
         raise ModelError(
-            f"{stack[0]}: is a stack of factorised experts, of which no graph can be made for {to} yet; export the dense "
-            "model with --to merged first."
+            f"{stack[0]}: is a stack of factorised experts, of which no graph can be made for {to} yet; "
+            "export the dense model with --to merged first."
         )
     source = sum(p.nbytes for p in loaded.parameters())
     dtypes.cast_(loaded, torch.float32)

@@ -20,7 +20,6 @@ from eckart.errors import ModelError
 from eckart.portable.experts import (
     DENSE,
     FactorizedExperts,
-    part_name,
     put_dense_,
     put_stack_,
     stack_names,
@@ -34,7 +33,7 @@ TOLERANCE = 1e-3  # of the largest output: what rounding may change when the pro
 
 @dataclass(frozen=True)
 class Routed:
-    """The rows that an expert is running: `tokens` `[rows]` are their numbers in the batch, `gates` `[rows]` weights."""
+    """The rows that an expert runs on: `tokens` `[rows]` are their numbers in the batch, `gates` `[rows]` weights."""
 
     tokens: Tensor
     gates: Tensor
@@ -113,9 +112,7 @@ def targets_in(path: str, block: nn.Module, index: int) -> dict[str, list[Target
         for leaf in stack_names(module):
             kind = f"{name}.{leaf}"
             if isinstance(getattr(module, leaf), FactorizedExperts):
-                raise ModelError(
-                    f"{path}.{index}.{kind}: is factorised already; compress the original model instead."
-                )
+                raise ModelError(f"{path}.{index}.{kind}: is factorised already; compress the original model instead.")
     for name, module in experts_in(block):
         for leaf in stack_names(module):
             kind = f"{name}.{leaf}"
@@ -205,8 +202,8 @@ def open_(module: nn.Module, name: str, *, prove: bool) -> None:
         if not gap <= TOLERANCE * output.float().abs().max().clamp(min=1e-30) and torch.isfinite(output).all():
             close_(module)
             raise ModelError(
-                f"{name}: a {type(module).__name__} computes something else than its experts one by one (by {gap:.1e}), "
-                f"so they cannot be compressed; leave them out with --exclude '*.{name.rpartition('.')[2]}.*'."
+                f"{name}: a {type(module).__name__} computes something else than its experts one by one "
+                f"(by {gap:.1e}), so they cannot be compressed; leave them out with --exclude '*.{name.rpartition('.')[2]}.*'."
             )
 
 
@@ -249,7 +246,7 @@ def _sample(module: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
 
 
 def _run_one_by_one(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """What an experts module computes while it is open, by transformers' interface of experts: one expert after another.
+    """What an experts module computes while it is open, by the interface of experts: one expert after another.
 
     `hidden_states` is `[tokens, width]`, the others `[tokens, k]`: which experts each token goes to, and the gates.
     """

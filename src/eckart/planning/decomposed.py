@@ -77,7 +77,7 @@ class Decomposed(Mapping[str, GroupDecomposition]):
         return {"median": median(drifts.values()), "most": drifts[most], "most_of": most}
 
     def settle(self, entries: Sequence[Entry]) -> list[Entry]:
-        """Let the decompositions decide what the allocator left to them (preserved columns, of which experts have none)."""
+        """Let the decompositions decide what the allocator left to them: preserved columns. Experts have none."""
         return [entry if entry.rank is None else self._settled(entry) for entry in entries]
 
     def _settled(self, entry: Entry) -> Entry:

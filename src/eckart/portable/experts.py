@@ -1,6 +1,6 @@
 """The experts of a mixture-of-experts layer, which transformers keeps in stacks: dense, and as stacked factors.
 
-A stack is a 3-D parameter of an experts module, `[experts, out, in]` or, transposed, `[experts, in, out]`. A module that
+A stack is a 3-D parameter of an experts module, `[experts, out, in]` or, transposed, `[experts, in, out]`. One that
 follows transformers' experts interface (`use_experts_implementation`) has two: what reads the states (`gate_up_proj`,
 or `up_proj` without a gate) and `down_proj`, which writes back. Checkpoints are read through this file too, so it
 travels with them: torch alone.
@@ -9,7 +9,7 @@ travels with them: torch alone.
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -194,7 +194,7 @@ def part_name(rank: int) -> str:
 
 
 def ranks_in(spec: Mapping[str, Any], experts: int, most: int) -> tuple[int, ...]:
-    """The ranks of a stack's entry. Raises `ValueError` unless there is one in `[0, most]` for each expert, not all 0."""
+    """The ranks of a stack's entry. Raises `ValueError` unless each expert has one in `[0, most]`, not all 0."""
     ranks = spec.get("ranks")
     usual = isinstance(ranks, list) and all(type(rank) is int and 0 <= rank <= most for rank in ranks)
     if not usual or len(ranks) != experts or not any(ranks):
@@ -272,7 +272,7 @@ def put_stack_(model: nn.Module, name: str, new: nn.Module) -> None:
     module, leaf = owner_of(model, name)
     del module._parameters[leaf]
     module.add_module(leaf, new)
-    module.forward = MethodType(experts_forward, module)  # type: ignore[method-assign]
+    module.forward = partial(experts_forward, module)  # type: ignore[method-assign]  # a method could not be pickled
 
 
 def put_dense_(model: nn.Module, name: str, stack: nn.Parameter) -> None:

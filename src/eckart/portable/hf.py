@@ -20,7 +20,16 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .experts import STORAGE, FactorizedExperts, empty_stack, is_dense_stack, put_dense_, put_stack_, stacks_in, transposed
+from .experts import (
+    STORAGE,
+    FactorizedExperts,
+    empty_stack,
+    is_dense_stack,
+    put_dense_,
+    put_stack_,
+    stacks_in,
+    transposed,
+)
 from .hashes import check_hashes
 from .inventory import check_files, local_name
 from .linear import empty_like, is_factorized, is_linear, share_basis_, swap_, weight_view
@@ -333,6 +342,8 @@ def _put_empty_(model: nn.Module, name: str, spec: dict[str, Any]) -> None:
     if spec["storage"] == STORAGE:
         _put_empty_stack_(model, name, spec)
         return
+    if is_dense_stack(model, name):
+        raise ValueError(f"{name}: is a stack of experts, so its storage is {STORAGE!r}, not {spec['storage']!r}.")
     old = model.get_submodule(name)
     if not is_linear(old):
         raise ValueError(f"{name}: named in quantization_config, but it is a {type(old).__name__}, not a linear layer.")
@@ -370,7 +381,9 @@ def keep_stacks_(model: Any) -> None:
         return
     known = getattr(model, "_weight_conversions", None)
     if known is None and keys:  # not read from files: what the family has; prefixes are for files that had none
-        known = [one for one in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(one, PrefixChange)]
+        known = [
+            one for one in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(one, PrefixChange)
+        ]
 
     def unpacks(conversion: Any) -> bool:
         if not isinstance(conversion, WeightConverter):
