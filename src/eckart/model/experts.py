@@ -201,9 +201,10 @@ def open_(module: nn.Module, name: str, *, prove: bool) -> None:
             gap = (module(states, index, gates) - output).float().abs().max()
         if not gap <= TOLERANCE * output.float().abs().max().clamp(min=1e-30) and torch.isfinite(output).all():
             close_(module)
+            pattern = f"*.{name.rpartition('.')[2]}.*"
             raise ModelError(
                 f"{name}: a {type(module).__name__} computes something else than its experts one by one "
-                f"(by {gap:.1e}), so they cannot be compressed; leave them out with --exclude '*.{name.rpartition('.')[2]}.*'."
+                f"(by {gap:.1e}), so they cannot be compressed; leave them out with --exclude {pattern!r}."
             )
 
 
