@@ -84,7 +84,8 @@ class Alternating(Refiner):
             raise NumericalError(f"block {here.index}: its output holds NaN or infinity before any step.")
         kept = tried = 0
         for stage in here.stages() * self.sweeps:
-            chosen = [target for target in stage if target.name in changeable]
+            # An expert does not see every token, so what it would have to give to reach the aims is not told by them.
+            chosen = [target for target in stage if target.name in changeable and target.expert is None]
             if not chosen:
                 continue
             old, tried = factors_of(here.block, chosen), tried + 1

@@ -199,12 +199,10 @@ class _Job:
         if not options.refresh:
             with dense_again(self.block, self.refinement.dense_weights, self.here.targets):
                 for stage in order:
-                    gram = self.here.input_gram(stage[0], self.train)
-                    grams |= {target.place: gram for target in stage}
+                    grams |= self.here.input_grams(stage, self.train)
         for stage in order:
             if options.refresh:
-                gram = self.here.input_gram(stage[0], self.train)
-                grams |= {target.place: gram for target in stage}
+                grams |= self.here.input_grams(stage, self.train)
             for target in stage:
                 put_(self.block, {target.place: self._whitened(target, grams[target.place])})
         ran = [target for stage in order for target in stage]
