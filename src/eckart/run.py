@@ -95,6 +95,7 @@ def carry_out(
         dense = {name: operator(loaded.model, name).weight for name in names}
         text.read()  # now: the dense model may be the author of the text
     drift, routed = planned.decomposed.drift, planned.decomposed.routed
+    experts = {**routed.to_dict(), **planned.evenness} if routed else {}
     _factorise(loaded, planned, groups, entries, stages)
     notes = _refine(loaded, text, planned.plan, refiners, dense, work, stages)
     _store(loaded, entries, stages)
@@ -113,7 +114,7 @@ def carry_out(
         ("refinement", notes),
         ("metric_drift", drift),
         ("kl", kl),
-        ("experts", routed and routed.to_dict()),
+        ("experts", experts),
     ):
         provenance |= {name: facts} if facts else {}
     return Compression(

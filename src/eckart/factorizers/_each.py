@@ -40,6 +40,10 @@ class EachDecomposition(GroupDecomposition):
     def settle(self, entry: Entry) -> Entry:
         return entry
 
+    @property
+    def apart(self) -> list[Spectrum]:
+        return [part.spectrum for part in self.parts]
+
     def cuts(self, rank: int, kept: int | None = None) -> list[tuple[Group, Factors]]:
         return [cut for part in self.parts for cut in part.cuts(rank, kept)]
 

@@ -19,6 +19,7 @@ from eckart.measuring.probes import SlicingProbe, in_place, measure_parts, split
 from eckart.measuring.scene import Scene, observe
 from eckart.planning.correction import Correction, corrected
 from eckart.planning.decomposed import Decomposed, decompose
+from eckart.planning.evenness import evenness
 from eckart.planning.goals import Goal, header_bytes, meet, predicted_kl
 from eckart.planning.loaded import Loaded, Text
 from eckart.plans import Plan, resolve
@@ -41,6 +42,7 @@ class Planned:
     decomposed: Decomposed
     held_out: HeldOut | None = None
     summaries: list[dict[str, Any]] = field(default_factory=list)
+    evenness: dict[str, float | None] = field(default_factory=dict)
 
 
 def make_plan(
@@ -84,10 +86,17 @@ def plan_from(
         return task.meet(allocate, spectra if correction is None else correction.apply(spectra))
 
     plan, level = answer(None), allocator.correction_level()
+    keep = goal.keep or min(1.0, float(plan.reached["keep"]) * (1 + 1e-9))
+    even = evenness(decomposed, plan.entries, allocator, Budget(keep, rank_multiple, recipe.storage))
+    if even:
+        log.info(
+            "one rank for the experts of a layer: predicted KL %.4g nats per token; with experts.ranks=free %.4g",
+            *even.values(),
+        )
     if held_out is not None and level != "off":
         measure, kl = partial(_measure, task, held_out, plan), partial(_kl, task, held_out)
         plan = corrected(goal, plan, answer, spectra, level, measure, kl)
-    return Planned(plan, decomposed, held_out, [summary(spectrum) for spectrum in spectra])
+    return Planned(plan, decomposed, held_out, [summary(spectrum) for spectrum in spectra], even)
 
 
 def take_plan(
