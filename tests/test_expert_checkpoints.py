@@ -15,7 +15,9 @@ import eckart
 from eckart.checkpoints import checkpoint, code
 from eckart.checkpoints.conversion import convert
 from eckart.engines.exporting import export
-from eckart.errors import CheckpointError, ModelError
+from eckart.errors import CheckpointError, ModelError, PlanError
+from eckart.plans import resolve
+from eckart.portable.experts import check_stack
 from eckart.portable.hf import EckartConfig, specs_of
 from eckart.types import Entry
 
@@ -28,7 +30,8 @@ def saved(tmp_path, request, tokenizer):
 
     def make(family, **options):
         model = MIXTURES[family]()
-        cut_(model, lambda t: RANKS[t.expert] if (t.block, t.kind[-9:]) != (1, "down_proj") else None)
+        storage = options.pop("storage", "pair")
+        cut_(model, lambda t: RANKS[t.expert] if (t.block, t.kind[-9:]) != (1, "down_proj") else None, storage)
         eckart.save(model, tmp_path / family, tokenizer=tokenizer, **options)
         return tmp_path / family, model
 
@@ -46,9 +49,11 @@ def same(one, other):
     return mine.keys() == theirs.keys() and all(torch.equal(p, theirs[name]) for name, p in mine.items())
 
 
-@pytest.mark.parametrize("family", MIXTURES)
-def test_every_door_gives_it_back_bit_for_bit_also_when_saved_again(saved, family, tmp_path):
-    folder, model = saved(family)
+@pytest.mark.parametrize(
+    ("family", "storage"), [*((family, "pair") for family in MIXTURES), ("mixtral", "pivoted"), ("gpt-oss", "pivoted")]
+)
+def test_every_door_gives_it_back_bit_for_bit_also_when_saved_again(saved, family, storage, tmp_path):
+    folder, model = saved(family, storage=storage)
     first = eckart.load(folder)
     assert same(first, model)
     assert torch.equal(logits(first), logits(model))
@@ -92,7 +97,7 @@ for folder in sys.argv[1:]:
 
 
 def test_without_the_package_its_own_code_reads_it(saved):
-    made = {family: saved(family) for family in ("qwen3-moe", "gpt-oss")}
+    made = {"qwen3-moe": saved("qwen3-moe"), "gpt-oss": saved("gpt-oss", storage="pivoted")}
     folders = [str(folder) for folder, _ in made.values()]
     assert (Path(folders[0]) / "experts.py").is_file()
     subprocess.run([sys.executable, "-c", ALONE, *folders], check=True)
@@ -117,7 +122,7 @@ def test_files_hold_factors_and_no_stack(saved):
     assert shapes["model.layers.0.mlp.experts.down_proj"] == [0]  # the guard
     assert at not in shapes
     entry = json.loads((folder / "config.json").read_text())["quantization_config"]["modules"][at]
-    assert entry == {"storage": "experts", "ranks": [5, 0, 9, 5]}
+    assert entry == {"storage": "experts", "of": "pair", "ranks": [5, 0, 9, 5]}
 
 
 def test_on_disk_and_in_half_precision(saved, tmp_path):
@@ -139,13 +144,13 @@ def test_multiplied_out_it_is_an_ordinary_folder(saved, tmp_path):
     torch.testing.assert_close(logits(dense), logits(model))
     assert made.ledger.keep == 1
     pivoted = convert(folder, storage="pivoted", out=tmp_path / "pivoted")
-    assert set(pivoted.left.values()) == {"is a stack of experts, which is stored as pairs"}
+    assert set(pivoted.left.values()) == {"is a stack of experts, which is only changed to dense"}
     assert same(eckart.load(tmp_path / "pivoted"), model)
 
 
 def test_a_plan_has_to_be_what_the_stacks_are():
     name = "model.layers.0.mlp.experts.gate_up_proj"
-    specs = {name: {"storage": "experts", "ranks": [5, 0, 5, 5]}}
+    specs = {name: {"storage": "experts", "of": "pair", "ranks": [5, 0, 5, 5]}}
     assert set(checkpoint.layer_specs(specs)) == {f"{name}.{e}" for e in (0, 2, 3)}
     own = eckart.Plan((Entry(tuple(f"{name}.{e}" for e in (0, 2, 3)), 5, own_bases=True),))
     shared = eckart.Plan((Entry(tuple(f"{name}.{e}" for e in (0, 2, 3)), 5),))
@@ -158,8 +163,9 @@ def test_a_plan_has_to_be_what_the_stacks_are():
     ("entry", "said"),
     [
         ({"storage": "experts"}, "ranks is None, not a list"),
-        ({"storage": "experts", "ranks": [5, 0, 9]}, "must be 4 whole numbers"),
-        ({"storage": "experts", "ranks": [5, 0, 9, 33]}, "must be 4 whole numbers"),
+        ({"storage": "experts", "of": "pair", "ranks": [5, 0, 9]}, "must be 4 whole numbers"),
+        ({"storage": "experts", "of": "pair", "ranks": [5, 0, 9, 33]}, "must be 4 whole numbers"),
+        ({"storage": "experts", "of": "columns", "ranks": [5, 0, 9, 5]}, "of is 'columns', but experts are stacks of"),
         ({"storage": "experts", "ranks": [5, 0, 9, "5"]}, "must be a text or a whole number"),
         ({"storage": "pair", "rank": 5}, "is a stack of experts, so its storage"),
     ],
@@ -171,6 +177,23 @@ def test_an_entry_that_cannot_be_is_refused_by_name(saved, entry, said):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises((CheckpointError, ValueError), match=said):
         eckart.load(folder, verify=False)
+
+
+def test_a_damaged_index_is_refused_by_name(saved):
+    _, model = saved("qwen3-moe", storage="pivoted")
+    stack = model.model.layers[0].mlp.experts.gate_up_proj
+    check_stack(stack)
+    stack.rank_5.index[0, 1] = stack.rank_5.index[0, 0]
+    with pytest.raises(ValueError, match=r"rank_5\.index must hold every number below 32 once"):
+        check_stack(stack)
+
+
+def test_experts_of_one_stack_have_one_storage():
+    model = MIXTURES["qwen3-moe"]()
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    plan = eckart.Plan((Entry((f"{name}.0",), 5), Entry((f"{name}.2",), 5, "pivoted")))
+    with pytest.raises(PlanError, match=r"gate_up_proj\.2: storage 'pivoted' in the plan, but other experts of its"):
+        resolve(plan, eckart.discover(model).targets)
 
 
 def test_a_stack_where_there_is_none_is_refused():

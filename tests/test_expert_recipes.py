@@ -81,6 +81,19 @@ def test_free_ranks_differ_within_a_layer_and_cost_no_more(text, tokenizer):
     assert made.plan.reached["predicted_kl"] <= even.plan.reached["predicted_kl"] * 1.05
 
 
+def test_the_water_level_spares_a_super_expert(text, tokenizer):
+    """One expert of one layer is made to write twelve times as much as the others."""
+    model = MIXTURES["qwen3-moe"]()
+    model.model.layers[1].mlp.experts.down_proj.data[1] *= 12
+    made = eckart.compress(
+        model, recipe="eckart", keep=0.5, calibration=text, tokenizer=tokenizer, options={"experts.ranks": "free"}
+    )
+    stack = made.model.model.layers[1].mlp.experts.gate_up_proj
+    ranks = [rank or min(stack.out_features, stack.in_features) for rank in stack.ranks]
+    assert ranks[1] == max(ranks)
+    assert ranks[1] > 1.5 * sorted(ranks)[1]
+
+
 def test_a_plan_and_spectra_leave_the_model_as_it_was(text, tokenizer):
     model = MIXTURES["qwen3-moe"]()
     before = dict(model.named_parameters())

@@ -11,13 +11,13 @@ from torch.overrides import TorchFunctionMode
 from eckart import ledger
 from eckart.model.discovery import discover
 from eckart.model.experts import dense_weight, opened
-from eckart.model.factorise import factorize_
+from eckart.model.factorise import factorize_, store_
 from eckart.portable.experts import FactorizedExperts, grouped, ranks_in, stacks_in
 from eckart.portable.hf import densify_
 from eckart.types import Group
 
 
-def cut_(model, ranks):
+def cut_(model, ranks, storage="pair"):
     """Every expert at the rank `ranks(target)`, by the SVD of its weight; None leaves it dense."""
     layout = discover(model)
     with opened(model, layout.targets):
@@ -26,6 +26,7 @@ def cut_(model, ranks):
             if rank is not None:
                 u, s, vt = torch.linalg.svd(dense_weight(model, target), full_matrices=False)
                 factorize_(model, target.name, vt[:rank], u[:, :rank] * s[:rank])
+                store_(model, target.name, storage)
     return layout
 
 
@@ -52,11 +53,12 @@ def test_at_full_rank_a_layer_is_what_it_was(family, tokens):
         torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("storage", ["pair", "pivoted"])
 @pytest.mark.parametrize("family", ["qwen3-moe", "gpt-oss"])
-def test_below_full_rank_it_is_the_layer_of_the_products(family):
-    """Ranks of four kinds in one stack, one of them dense."""
+def test_below_full_rank_it_is_the_layer_of_the_products(family, storage):
+    """Three ranks in one stack, one of them full; of pivoted ones both sides are permuted, in different stacks."""
     model, again = double(family), double(family)
-    cut_(model, lambda t: (5, None, 9, 5)[t.expert])
+    cut_(model, lambda t: (5, None, 9, 5)[t.expert], storage)
     stack = model.model.layers[1].mlp.experts.gate_up_proj
     assert stack.ranks == (5, 0, 9, 5)
     assert {name for name, _ in stack.named_children()} == {"rank_5", "rank_9", "dense"}
@@ -125,18 +127,23 @@ def test_nothing_in_a_forward_pass_goes_expert_by_expert(size):
     assert counts[0] == counts[1]
 
 
-def test_a_stack_costs_what_the_ledger_says():
+@pytest.mark.parametrize("storage", ["pair", "pivoted"])
+def test_a_stack_costs_what_the_ledger_says(storage):
     model = MIXTURES["mixtral"]()
-    layout = cut_(model, lambda t: (5, None, 9, 5)[t.expert])
+    layout = cut_(model, lambda t: (5, None, 9, 5)[t.expert], storage)
     for name, stack in stacks_in(model):
         own = [t for t in layout.targets if t.name.startswith(f"{name}.")]
-        told = sum(ledger.parameters(Group((t,)), (5, None, 9, 5)[t.expert]) for t in own)
+        groups, ranks = [Group((t,)) for t in own], (5, None, 9, 5)
+        told = sum(ledger.parameters(g, r, storage) for g, r in zip(groups, ranks, strict=True))
         assert sum(p.numel() for p in stack.parameters()) == told
+        indices = sum(ledger.index_bytes(g, r, storage) for g, r in zip(groups, ranks, strict=True))
+        assert sum(b.nbytes for b in stack.buffers()) == indices
         even = Group(tuple(own), own_bases=True)
-        assert ledger.parameters(even, 6) == sum(ledger.parameters(Group((t,)), 6) for t in own)
-        assert ledger.largest_rank(even, ledger.parameters(even, 6)) == 6
-        assert ledger.largest_rank(even, ledger.parameters(even, 6) - 1) == 5
-        assert ledger.admitted(even, "pivoted") == "pair"
+        assert ledger.parameters(even, 6, storage) == sum(ledger.parameters(g, 6, storage) for g in groups)
+        assert ledger.largest_rank(even, ledger.parameters(even, 6, storage), storage) == 6
+        assert ledger.largest_rank(even, ledger.parameters(even, 6, storage) - 1, storage) == 5
+        assert ledger.admitted(even, storage) == storage
+        assert ledger.admitted(even, "columns") == "pair"
 
 
 def test_a_factorised_model_is_copied_and_pickled_whole(ids):

@@ -27,7 +27,7 @@ def by_hand(model, ids, block):
         y = x @ weight if transposed else weight @ x
         y = y.detach().requires_grad_() if not y.requires_grad else y
         y.retain_grad()
-        seen.setdefault((f"mlp.experts.{kind}", int(e)), []).append((x.detach(), float(gate), y))
+        seen.setdefault((f"mlp.experts.{kind}", int(e)), []).append((x.detach(), float(gate.detach()), y))
         return y + getattr(experts, f"{kind}_bias")[e] if experts.has_bias else y
 
     def forward(states, index, gates):

@@ -39,7 +39,7 @@ def refusal(group: Group, rank: int, storage: str, kept: int | None = None) -> s
     """Why a group cannot be stored so at a rank, in words that can follow "it"; None if it can."""
     kind = storage_of(group, storage)
     if group.of_experts and not kind.stacks:
-        return "is an expert, which are stored as stacks of pairs"
+        return "is an expert, which are stored as stacks of pairs or pivoted ones"
     return kind.refusal(size_of(group, rank, kept))
 
 

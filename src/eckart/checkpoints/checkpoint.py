@@ -341,7 +341,7 @@ def _difference(plan: Plan, stored: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def layer_specs(stored: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """How each factorised layer is stored, with every expert of a stack by itself, as plans have them: a pair."""
+    """How each factorised layer is stored, with every expert of a stack by itself, as plans have them."""
     from eckart.portable.experts import STORAGE
 
     specs: dict[str, Mapping[str, Any]] = {}
@@ -349,7 +349,8 @@ def layer_specs(stored: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[st
         if spec.get("storage") != STORAGE:
             specs[name] = spec
             continue
-        specs |= {f"{name}.{e}": {"storage": "pair", "rank": rank} for e, rank in enumerate(spec["ranks"]) if rank}
+        of = spec.get("of")
+        specs |= {f"{name}.{e}": {"storage": of, "rank": rank} for e, rank in enumerate(spec["ranks"]) if rank}
     return specs
 
 

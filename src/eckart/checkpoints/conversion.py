@@ -44,7 +44,7 @@ def convert(folder: str | Path, *, storage: str, out: str | Path, progress: Prog
     model, tokenizer = checkpoint.load(folder), checkpoint.load_tokenizer(folder)
     specs, skeleton = hf.specs_of(model), hf.dense_skeleton(model)
     left = {} if storage == "dense" else _left(model, specs, storage)
-    # A stack of experts is pairs, and becomes nothing else but dense.
+    # A stack of experts stays what it is, or becomes dense.
     kept = left if storage == "dense" else {*left, *(n for n, s in specs.items() if s["storage"] == hf.STORAGE)}
     names = [n for n, spec in specs.items() if n not in kept and spec["storage"] != storage]
     if storage == "dense" and specs:
@@ -66,7 +66,7 @@ def _left(model: nn.Module, specs: hf.Specs, storage: str) -> dict[str, str]:
     left = {}
     for name, spec in specs.items():
         if spec["storage"] == hf.STORAGE:
-            left |= {} if storages.find(storage).stacks else {name: "is a stack of experts, which is stored as pairs"}
+            left |= {} if spec["of"] == storage else {name: "is a stack of experts, which is only changed to dense"}
             continue
         members = owners.count(spec.get("basis_of", name))
         size = Size(*shape_of(model.get_submodule(name)), spec["rank"], spec.get("kept", 0), members)

@@ -57,7 +57,7 @@ class OpenStack(nn.Module):
             self.add_module(str(number), layer)
 
     @property
-    def layers(self) -> list[nn.Module]:
+    def layers(self) -> list[Any]:
         """The layers of the experts, dense or factorised."""
         return list(self.children())
 
@@ -79,11 +79,12 @@ def matrices(stack: Tensor, is_transposed: bool) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _stacked(layers: list[nn.Module]) -> FactorizedExperts:
+def _stacked(layers: list[Any]) -> FactorizedExperts:
     """The factors of the layers of a stack, plain pairs or dense, as stacked ones."""
     ranks = [layer.rank if is_factorized(layer) else DENSE for layer in layers]
-    first = next(layers[0].parameters())
-    new = FactorizedExperts(ranks, layers[0].out_features, layers[0].in_features, first.device, first.dtype)
+    (of,) = {layer.spec()["storage"] for layer in layers if is_factorized(layer)}
+    first, sizes = next(layers[0].parameters()), (layers[0].out_features, layers[0].in_features)
+    new = FactorizedExperts(ranks, *sizes, first.device, first.dtype, of=of)
     for rank, members in new.members().items():
         part = new.part(rank)
         if rank == DENSE:
@@ -91,6 +92,8 @@ def _stacked(layers: list[nn.Module]) -> FactorizedExperts:
             continue
         part.basis.copy_(torch.stack([layers[e].basis.weight for e in members]))
         part.coefficients.copy_(torch.stack([layers[e].coefficients.weight for e in members]))
+        if of == "pivoted":
+            part.index.copy_(torch.stack([layers[e].index for e in members]))
     return new.requires_grad_(first.requires_grad).train(layers[0].training)
 
 
@@ -194,7 +197,7 @@ def open_(module: nn.Module, name: str, *, prove: bool) -> None:
         stack = OpenStack(module.get_parameter(leaf), is_transposed[leaf], reads_states=leaf == first)
         del module._parameters[leaf]
         module.add_module(leaf, stack)
-    module.forward = MethodType(_run_one_by_one, module)  # type: ignore[method-assign]
+    module.forward = MethodType(_run_one_by_one, module)
     if expected is not None:
         states, index, gates, output = expected
         with torch.no_grad():

@@ -143,11 +143,25 @@ def resolve(plan: Plan, targets: Sequence[Target]) -> tuple[list[Group], list[En
         _check_entry(group, entry)
         groups.append(group)
         entries.append(entry)
+    _check_stacks(groups, entries)
     for target in targets:
         if target.name not in seen:
             groups.append(Group((target,)))
             entries.append(Entry((target.name,), None))
     return groups, entries
+
+
+def _check_stacks(groups: Sequence[Group], entries: Sequence[Entry]) -> None:
+    """The experts of a stack have one storage, since their factors are stacked."""
+    storages_of: dict[tuple[int, str], str] = {}
+    for group, entry in zip(groups, entries, strict=True):
+        for target in group.targets if entry.rank is not None else ():
+            known = storages_of.setdefault((target.block, target.kind), entry.storage)
+            if target.expert is not None and known != entry.storage:
+                raise PlanError(
+                    f"{target.name}: storage {entry.storage!r} in the plan, but other experts of its stack have "
+                    f"{known!r}; give all of them one."
+                )
 
 
 def _check_entry(group: Group, entry: Entry) -> None:

@@ -20,7 +20,7 @@ STORAGE = "experts"  # of a stack's entry in a checkpoint's configuration
 DENSE = 0  # among ranks: this expert is not factorised
 ALIGNED = 16  # bytes: grouped products want the rows of their matrices so
 
-_PROBED: dict[type, dict[str, bool] | None] = {}
+_PROBED: dict[type, dict[str, bool]] = {}
 
 
 def stack_names(module: nn.Module) -> tuple[str, ...]:
@@ -41,15 +41,18 @@ def transposed(module: nn.Module) -> dict[str, bool]:
     Found by running the module's own code on one token and looking at the products, once for each class.
     """
     if type(module) not in _PROBED:
-        _PROBED[type(module)] = _probe(module, stack_names(module))
-    return dict(_PROBED[type(module)] or {})
+        stacks = {name: getattr(module, name) for name in stack_names(module)}
+        if not stacks or not all(isinstance(stack, Tensor) for stack in stacks.values()):
+            return {}
+        found = _probe(module, stacks)
+        if not found and any(stack.is_meta for stack in stacks.values()):
+            return {}  # its code may need numbers
+        _PROBED[type(module)] = found
+    return dict(_PROBED[type(module)])
 
 
-def _probe(module: nn.Module, names: Sequence[str]) -> dict[str, bool] | None:
-    stacks = {name: getattr(module, name) for name in names}
-    if not stacks or not all(isinstance(stack, Tensor) for stack in stacks.values()):
-        return None
-    reading = stacks[names[0]]
+def _probe(module: nn.Module, stacks: Mapping[str, Tensor]) -> dict[str, bool]:
+    reading = next(iter(stacks.values()))
     forward = inspect.unwrap(type(module).forward)
     index = torch.zeros(1, 1, dtype=torch.long, device="cpu" if reading.is_meta else reading.device)
     for width in dict.fromkeys(reading.shape[1:]):
@@ -58,7 +61,7 @@ def _probe(module: nn.Module, names: Sequence[str]) -> dict[str, bool] | None:
             forward(module, states, index, torch.ones(1, 1, dtype=reading.dtype, device=reading.device))
         if seen.is_plain:
             return {name: uses == {True} for name, uses in seen.uses.items()}
-    return None
+    return {}
 
 
 class _Products(TorchFunctionMode):
@@ -112,6 +115,50 @@ class PairStack(nn.Module):
         return self.coefficients @ self.basis
 
 
+class PivotedStack(nn.Module):
+    """Some matrices of one shape and rank with pivots (storage `pivoted`), on the side that is the smaller one.
+
+    Of rows: `basis` `[count, rank, in]`, `coefficients` `[count, out - rank, rank]`, and `index` `[count, out]` says
+    where each output is among what they give. Of columns: `basis` `[count, rank, in - rank]`, `coefficients`
+    `[count, out, rank]`, and `index` `[count, in]` is the order in which inputs enter.
+    """
+
+    index: Tensor
+
+    def __init__(self, count: int, out_features: int, in_features: int, rank: int, **placed: Any) -> None:
+        super().__init__()
+        self.rank, self.rows = rank, pivots_rows(out_features, in_features)
+        rest_in, rest_out = (0, rank) if self.rows else (rank, 0)
+        self.basis = nn.Parameter(torch.empty(count, rank, in_features - rest_in, **placed))
+        self.coefficients = nn.Parameter(torch.empty(count, out_features - rest_out, rank, **placed))
+        permuted = out_features if self.rows else in_features
+        index = torch.arange(permuted, dtype=torch.int32, device=placed.get("device"))
+        self.register_buffer("index", index.repeat(count, 1))
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """As `PairStack.forward`."""
+        order = self.index.long()[matrix_of_row(counts, len(x))]
+        if self.rows:
+            p = grouped(x, self.basis, counts)
+            return torch.cat([p, grouped(p, self.coefficients, counts)], -1).gather(1, order)
+        x = x.gather(1, order)
+        first, rest = x[:, : self.rank].contiguous(), x[:, self.rank :].contiguous()
+        return grouped(first + grouped(rest, self.basis, counts), self.coefficients, counts)
+
+    @property
+    def weight(self) -> Tensor:
+        rest, order = self.coefficients @ self.basis, self.index.long()
+        if self.rows:
+            return torch.cat([self.basis, rest], 1).gather(1, order[:, :, None].expand(-1, -1, rest.shape[2]))
+        back = order.argsort(1)
+        return torch.cat([self.coefficients, rest], 2).gather(2, back[:, None].expand(-1, rest.shape[1], -1))
+
+
+def pivots_rows(out_features: int, in_features: int) -> bool:
+    """Whether a pivoted stack permutes outputs: the smaller side, as `eckart.maths.pivot` chooses it."""
+    return out_features <= in_features
+
+
 class DenseStack(nn.Module):
     """Some matrices of one shape as they were: `weight` `[count, out, in]`."""
 
@@ -128,7 +175,7 @@ class FactorizedExperts(nn.Module):
     """What stands in the place of a stack: its matrices by their ranks, those of one rank as one stack of pairs.
 
     `ranks[e]` is the rank of expert e, 0 for one that is dense. Part `rank_<r>` holds the experts of rank r in their
-    order, part `dense` the dense ones. An expert costs `rank (out + in)` numbers, as a pair does, and no padding.
+    order, part `dense` the dense ones. An expert costs what it would by itself in the storage `of`, and no padding.
     """
 
     def __init__(
@@ -138,15 +185,17 @@ class FactorizedExperts(nn.Module):
         in_features: int,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        of: str = "pair",
     ) -> None:
         super().__init__()
-        self.ranks, self.out_features, self.in_features = tuple(ranks), out_features, in_features
+        self.ranks, self.out_features, self.in_features, self.of = tuple(ranks), out_features, in_features, of
         placed = {"device": device, "dtype": dtype}
         for rank, members in self.members().items():
             if rank == DENSE:
                 self.dense = DenseStack(len(members), out_features, in_features, **placed)
             else:
-                self.add_module(part_name(rank), PairStack(len(members), out_features, in_features, rank, **placed))
+                self.add_module(part_name(rank), STACKS[of](len(members), out_features, in_features, rank, **placed))
 
     def members(self) -> dict[int, list[int]]:
         """The numbers of the experts of each rank."""
@@ -181,11 +230,14 @@ class FactorizedExperts(nn.Module):
 
     def spec(self) -> dict[str, Any]:
         """This stack's entry in a checkpoint's configuration."""
-        return {"storage": STORAGE, "ranks": list(self.ranks)}
+        return {"storage": STORAGE, "of": self.of, "ranks": list(self.ranks)}
 
     def extra_repr(self) -> str:
         counted = ", ".join(f"{len(members)} of rank {rank or 'full'}" for rank, members in self.members().items())
         return f"in_features={self.in_features}, out_features={self.out_features}, experts: {counted}"
+
+
+STACKS: dict[str, Any] = {"pair": PairStack, "pivoted": PivotedStack}  # by the storage of what is stacked
 
 
 def part_name(rank: int) -> str:
@@ -195,7 +247,7 @@ def part_name(rank: int) -> str:
 
 def ranks_in(spec: Mapping[str, Any], experts: int, most: int) -> tuple[int, ...]:
     """The ranks of a stack's entry. Raises `ValueError` unless each expert has one in `[0, most]`, not all 0."""
-    ranks = spec.get("ranks")
+    ranks: Any = spec.get("ranks")
     usual = isinstance(ranks, list) and all(type(rank) is int and 0 <= rank <= most for rank in ranks)
     if not usual or len(ranks) != experts or not any(ranks):
         raise ValueError(
@@ -203,6 +255,15 @@ def ranks_in(spec: Mapping[str, Any], experts: int, most: int) -> tuple[int, ...
             "0 for one that is dense."
         )
     return tuple(ranks)
+
+
+def check_stack(stack: FactorizedExperts) -> None:
+    """Raise `ValueError` when an index of a pivoted stack does not hold each number of its range once."""
+    for rank in sorted(set(stack.ranks) - {DENSE}) if stack.of == "pivoted" else ():
+        index = stack.part(rank).index
+        order = torch.arange(index.shape[1], device=index.device)
+        if not index.is_meta and not torch.equal(index.long().sort(1).values, order.expand_as(index)):
+            raise ValueError(f"{part_name(rank)}.index must hold every number below {len(order)} once; it is damaged.")
 
 
 def grouped(x: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
@@ -216,13 +277,18 @@ def grouped(x: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
         offsets = counts.cumsum(0).to(torch.int32)
         product: Tensor = nn.functional.grouped_mm(x.to(weights.dtype), weights.transpose(-2, -1), offs=offsets)
         return product
-    of_row = torch.repeat_interleave(torch.arange(len(weights), device=x.device), counts, output_size=len(x))
+    of_row = matrix_of_row(counts, len(x))
     if len(x) <= len(weights):
         return torch.bmm(weights[of_row], x[:, :, None])[:, :, 0]
     place = torch.arange(len(x), device=x.device) - (counts.cumsum(0) - counts)[of_row]
     padded = x.new_zeros(len(weights), int(counts.max()), x.shape[1])
     padded = padded.index_put((of_row, place), x)
     return torch.bmm(padded, weights.transpose(-2, -1))[of_row, place]
+
+
+def matrix_of_row(counts: Tensor, rows: int) -> Tensor:
+    """The number of the matrix of each sorted row, `[rows]`."""
+    return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=rows)
 
 
 def _can_group(x: Tensor, weights: Tensor) -> bool:
@@ -272,7 +338,7 @@ def put_stack_(model: nn.Module, name: str, new: nn.Module) -> None:
     module, leaf = owner_of(model, name)
     del module._parameters[leaf]
     module.add_module(leaf, new)
-    module.forward = partial(experts_forward, module)  # type: ignore[method-assign]  # a method could not be pickled
+    module.forward = partial(experts_forward, module)  # a method could not be pickled
 
 
 def put_dense_(model: nn.Module, name: str, stack: nn.Parameter) -> None:
@@ -309,8 +375,11 @@ def empty_stack(model: nn.Module, name: str, spec: Mapping[str, Any]) -> Factori
     experts, out_features, in_features = stack.shape
     if transposed(module)[leaf]:
         out_features, in_features = in_features, out_features
-    ranks = ranks_in(spec, experts, min(out_features, in_features))
-    new = FactorizedExperts(ranks, out_features, in_features, "meta", stack.dtype)
+    if (of := spec.get("of")) not in STACKS:
+        raise ValueError(f"of is {of!r:.100}, but experts are stacks of {' or '.join(STACKS)}.")
+    most = min(out_features, in_features) - (of == "pivoted")
+    ranks = ranks_in(spec, experts, most)
+    new = FactorizedExperts(ranks, out_features, in_features, "meta", stack.dtype, of=of)
     if not stack.is_meta:
         new.to_empty(device=stack.device)
     return new.requires_grad_(stack.requires_grad).train(module.training)

@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .experts import (
     STORAGE,
     FactorizedExperts,
+    check_stack,
     empty_stack,
     is_dense_stack,
     put_dense_,
@@ -53,7 +54,7 @@ class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
     `modules` maps the dotted name of a layer to `{"storage": "pair", "rank": r}`, with
     `"basis_of": other` when the layer reads the basis that `other` owns, or to
     `{"storage": "pivoted", "rank": r, "pivots": "rows"}`; that of a stack of experts to
-    `{"storage": "experts", "ranks": [r, ...]}`. Raises `ValueError` for a
+    `{"storage": "experts", "of": "pair", "ranks": [r, ...]}`. Raises `ValueError` for a
     newer format, an empty `modules` and a `basis_of` that names no owner.
     """
 
@@ -156,6 +157,7 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, spec in self.quantization_config.modules.items():
             try:
                 if spec["storage"] == STORAGE:
+                    check_stack(model.get_submodule(name))
                     continue
                 find(spec["storage"]).check(model.get_submodule(name))
             except ValueError as error:
@@ -379,7 +381,7 @@ def keep_stacks_(model: Any) -> None:
         from transformers.core_model_loading import PrefixChange, WeightConverter
     except ImportError:  # earlier ones, which convert nothing
         return
-    known = getattr(model, "_weight_conversions", None)
+    known: Any = getattr(model, "_weight_conversions", None)
     if known is None and keys:  # not read from files: what the family has; prefixes are for files that had none
         known = [
             one for one in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(one, PrefixChange)

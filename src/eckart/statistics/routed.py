@@ -117,12 +117,14 @@ def _mend(s: Statistics, layer: _Layer, weight: Tensor, needs: frozenset[Need], 
         return
     out_features, in_features = weight.shape
     n, wide = s.tokens, weight.double()
-    for gram, mean in ((s.input_gram, layer.inputs), (s.output_gram, _pushed(wide, layer.inputs))):
-        if gram is not None:
-            _shrink(gram, mean, prior * in_features)
-    for gram, mean in ((s.gradient_gram, layer.gradients), (s.pulled_gradient_gram, _pushed(wide.T, layer.gradients))):
-        if gram is not None:
-            _shrink(gram, mean, prior * out_features)
+    if s.input_gram is not None:
+        _shrink(s.input_gram, layer.inputs, prior * in_features)
+    if s.output_gram is not None:
+        _shrink(s.output_gram, _pushed(wide, layer.inputs), prior * in_features)
+    if s.gradient_gram is not None:
+        _shrink(s.gradient_gram, layer.gradients, prior * out_features)
+    if s.pulled_gradient_gram is not None:
+        _shrink(s.pulled_gradient_gram, _pushed(wide.T, layer.gradients), prior * out_features)
     for part in (s, s.early):
         if part is not None:
             part.input_energy = _shrunk(part.input_energy, part.tokens, layer.input_energy, prior * in_features, n)

@@ -27,6 +27,7 @@ from eckart import storages
 from eckart.checkpoints.checkpoint import layer_specs
 from eckart.model import kv_cache
 from eckart.portable import hf
+from eckart.portable.experts import PivotedStack
 from eckart.portable.linear import is_factorized
 
 if TYPE_CHECKING:
@@ -69,7 +70,12 @@ def count(model: "PreTrainedModel", prompt: int, *, only_last: bool, weight_item
     shared = head is not None and head.weight.data_ptr() == table.weight.data_ptr()
     unread = set() if shared else {id(table.weight)}
     weights = sum(_size(p, weight_itemsize) for p in model.parameters() if id(p) not in unread)
-    indices = sum(b.nbytes for m in model.modules() if is_factorized(m) for b in m.buffers(recurse=False))
+    indices = sum(
+        b.nbytes
+        for m in model.modules()
+        if is_factorized(m) or isinstance(m, PivotedStack)
+        for b in m.buffers(recurse=False)
+    )
     cached = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values)) // prompt
     return Cost(
         macs=counter.get_total_flops() // 2,
