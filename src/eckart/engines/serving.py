@@ -132,7 +132,8 @@ class EckartServing(QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "EckartServing":
-        from eckart.portable.hf import STORAGE, EckartConfig
+        from eckart.portable.experts import STORAGE
+        from eckart.portable.hf import EckartConfig
 
         modules = EckartConfig.from_dict(config).modules  # which checks the version
         for name, spec in modules.items():
