@@ -204,6 +204,20 @@ def test_a_stack_where_there_is_none_is_refused():
         _put_empty_(model, "model.layers.0.self_attn.q_proj", {"storage": "experts", "ranks": [1]})
 
 
+def test_experts_are_refused_by_name_where_they_would_be_spread_over_devices(saved):
+    from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
+
+    folder, _ = saved("mixtral")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    style = ALL_PARALLEL_STYLES[model.tp_plan["model.layers.*.mlp.experts.gate_up_proj"]]
+    said = rf"^{name}: factorised experts cannot be spread over devices yet; load without a parallel plan\.$"
+    with pytest.raises(ValueError, match=said):
+        style.install_forward(model.get_submodule(name), None)
+    with pytest.raises(ValueError, match=said):
+        style.shard_param(model.model.layers[0].mlp.experts, "down_proj", None)
+
+
 def test_graphs_are_refused_by_name(saved, tmp_path):
     folder, _ = saved("qwen3-moe")
     with pytest.raises(ModelError, match=r"gate_up_proj|down_proj"):
