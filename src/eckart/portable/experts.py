@@ -298,6 +298,8 @@ def _can_group(x: Tensor, weights: Tensor) -> bool:
     if weights.device.type == "cuda" and torch.cuda.get_device_capability(weights.device) < (8, 0):
         return False
     aligned = all(size * weights.itemsize % ALIGNED == 0 for size in weights.shape[1:])
+    if torch.compiler.is_compiling():  # which knows no addresses, and groups in bfloat16 alone
+        return aligned and weights.dtype == torch.bfloat16
     return aligned and all(tensor.data_ptr() % ALIGNED == 0 and tensor.is_contiguous() for tensor in (x, weights))
 
 
@@ -310,7 +312,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     if getattr(self, "_is_expert_parallel", False):
         raise ValueError("factorised experts cannot be spread over devices; load without a parallel plan.")
     tokens, choices = top_k_index.shape
-    experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    experts, order = torch.sort(top_k_index.reshape(-1).long(), stable=True)
     counts = experts.new_zeros(self.num_experts).scatter_add(0, experts, torch.ones_like(experts))
     reading, writing = stack_names(self)
     y = _through(self, reading, hidden_states[order // choices], experts, counts)
