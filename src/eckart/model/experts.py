@@ -28,6 +28,7 @@ from eckart.portable.experts import (
 from eckart.portable.linear import is_factorized, weight_view
 from eckart.types import Target
 
+PRIOR = 0.1  # of the size of a Gram: how many average tokens of its layer an expert is taken to have seen as well
 TOLERANCE = 1e-3  # of the largest output: what rounding may change when the products run in another order
 
 

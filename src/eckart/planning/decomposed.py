@@ -14,14 +14,13 @@ from eckart.errors import DataError
 from eckart.factorizers._each import decompose_each
 from eckart.factorizers.base import Factorizer, GroupDecomposition
 from eckart.model.discovery import Layout
-from eckart.model.experts import opened
+from eckart.model.experts import PRIOR, opened
 from eckart.model.factorise import factorized_layers
 from eckart.model.operators import operator
 from eckart.model.residence import residence_of
 from eckart.model.walk import walk
 from eckart.planning.routing import Routing
 from eckart.progress import Progress, silent
-from eckart.statistics.routed import PRIOR
 from eckart.statistics.sums import GroupStatistics, Statistics
 from eckart.statistics.sweep import sweep
 from eckart.support.memory import give_back

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from eckart.errors import OptionError
+from eckart.model.experts import PRIOR
 from eckart.plans.grouping import Grouping
-from eckart.statistics.routed import PRIOR
 from eckart.types import Group, Target
 
 

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from eckart.errors import NumericalError
 from eckart.model.calls import Call
-from eckart.model.experts import Routed
+from eckart.model.experts import PRIOR, Routed
 from eckart.model.recorder import Recorder
 from eckart.model.residence import Residence
 from eckart.model.store import Store
 from eckart.model.walk import Stream, tail_of
 from eckart.progress import Progress, track
 from eckart.statistics.at_inputs import collect_input, finish_inputs
-from eckart.statistics.routed import PRIOR, readers, settle_, weighs_by_gates
+from eckart.statistics.routed import readers, settle_, weighs_by_gates
 from eckart.statistics.sums import (
     GRADIENT_GRAM_NEEDS,
     GRADIENT_NEEDS,

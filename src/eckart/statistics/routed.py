@@ -18,8 +18,6 @@ from eckart.model.experts import OpenStack
 from eckart.statistics.sums import GRADIENT_GRAM_NEEDS, GRADIENT_NEEDS, Gram, Need, Statistics
 from eckart.types import Target
 
-PRIOR = 0.1  # of the size of a Gram: how many average tokens of the layer an expert is taken to have seen as well
-
 
 def weighs_by_gates(needs: frozenset[Need]) -> bool:
     """Whether an expert's tokens weigh by their squared gates: where gradients are asked for, they hold the gate."""

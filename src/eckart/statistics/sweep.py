@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from eckart.errors import NumericalError
 from eckart.model.discovery import Layout
-from eckart.model.experts import opened
+from eckart.model.experts import PRIOR, opened
 from eckart.model.recorder import Recorder
 from eckart.model.residence import residence_of
 from eckart.model.walk import BATCH_TOKENS, At, Stream, open_stream, split_batches, walk
 from eckart.progress import Progress, silent
 from eckart.statistics.at_inputs import collect_input, finish_inputs
 from eckart.statistics.at_outputs import Backward, backward_block, check_labels, loss_gradients
-from eckart.statistics.routed import PRIOR, readers, settle_, weighs_by_gates
+from eckart.statistics.routed import readers, settle_, weighs_by_gates
 from eckart.statistics.sums import GRADIENT_NEEDS, Need, Statistics, mark_three_quarters
 from eckart.types import Target
 
