@@ -79,8 +79,8 @@ def main() -> None:
             limit = cut_(cut, 0.5, storage, multiple)
             for tokens in TOKENS:
                 states = torch.randn(1, tokens, SIZES["hidden_size"], dtype=dtype)
-                layers = [made.model.layers[0].mlp for made in (dense, cut)]
-                faster = ratio(*(partial(layer, states) for layer in layers), arguments.rounds)
+                before, after = (partial(made.model.layers[0].mlp, states) for made in (dense, cut))
+                faster = ratio(before, after, arguments.rounds)
                 row = {"dtype": str(dtype)[6:], "storage": storage, "rank_multiple": multiple, "tokens": tokens}
                 rows.append({**row, "speed": round(faster, 3), "limit": round(limit, 3)})
                 print(rows[-1], flush=True)
