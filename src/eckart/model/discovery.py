@@ -175,7 +175,7 @@ def _reason(model: nn.Module, name: str, parameter: torch.Tensor, path: str) -> 
         return "bias"
     if not name.startswith(path + "."):
         return "linear outside the decoder blocks" if is_linear(module) else "outside the decoder blocks"
-    if parameter.dim() == 3:
+    if parameter.dim() == 3 and not isinstance(module, nn.Conv1d):
         return f"fused 3-D parameter of {type(module).__name__}, which is not used as eckart knows experts"
     return f"parameter of {type(module).__name__}, not a linear layer"
 
