@@ -46,7 +46,7 @@ class Bench:
 
     def decompose(self, recipe: Recipe) -> Decomposed:
         """By the recipe's grouping and factorizer; what is planned and put in place from now on."""
-        groups = recipe.make_grouping().groups(self.loaded.layout.targets)
+        groups = recipe.groups(self.loaded.layout.targets)
         self.decomposed = decompose_for(self.loaded, self.text, recipe, groups, stages=self.stages)
         return self.decomposed
 

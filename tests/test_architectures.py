@@ -19,7 +19,7 @@ import families
 # sparse attention, streams, routed experts in several forms, encoders' halves, tied blocks, converters.
 RIGHT = (
     "llama gpt2 opt bloom falcon gpt_neox phi3 gemma3_text gemma3n_text gemma4_text deepseek_v3 deepseek_v4 "
-    "glm_moe_dsa mamba bamba qwen3_next afmoe gpt_oss jetmoe zaya xlnet bart zamba2 sarvam_moe lara_mini"
+    "glm_moe_dsa mamba bamba qwen3_next afmoe gpt_oss jetmoe zaya xlnet bart sarvam_moe lara_mini"
 )
 REFUSED = {
     "hrm_text": "run block by block, its predictions differ from its own",

@@ -132,7 +132,8 @@ for family in families:
 # The code in the checkpoint
 
 SOURCE = Path(modeling_eckart.__file__).parent
-FILES = {f"{name}.py" for name in ("modeling_eckart", "hf", "hashes", "inventory", "linear", "tensor_parallel")}
+FILES = {f"{name}.py" for name in ("modeling_eckart", "experts", "hf", "hashes", "inventory", "linear")}
+FILES |= {"tensor_parallel.py"}
 FILES |= {f"{name}.py" for name in ("base", "pair", "columns", "pivoted")}
 
 

@@ -72,6 +72,15 @@ def test_the_stand_ins_serve_a_pair_beside_a_dense_layer(serving: Any) -> None:
     torch.testing.assert_close(weight, torch.cat([coefficients @ basis, dense]))
 
 
+def test_stacks_of_experts_are_refused_before_anything_is_built(serving: Any) -> None:
+    stack = {"storage": "experts", "of": "pair", "ranks": [2, 0]}
+    config = {"quant_method": "eckart", "format_version": 1, "modules": {"model.layers.0.mlp.experts.up_proj": stack}}
+    with pytest.raises(
+        ValueError, match=r"^model\.layers\.0\.mlp\.experts\.up_proj: is a stack .* cannot compute with"
+    ):
+        serving.EckartServing.from_config(config)
+
+
 @pytest.mark.parametrize(
     ("modules", "name", "tensors", "words"),
     [

@@ -25,28 +25,42 @@ def storage_of(group: Group, storage: str) -> Storage:
 
 
 def size_of(group: Group, rank: int, kept: int | None = None) -> Size:
-    """The size of a group at a rank; `kept` None, a number that is still open, counts as 0."""
-    return Size(group.out_features, group.in_features, rank, kept or 0, len(group.targets))
+    """The size of one matrix of a group at a rank; `kept` None, a number that is still open, counts as 0."""
+    members = 1 if group.own_bases else len(group.targets)
+    return Size(group.out_features, group.in_features, rank, kept or 0, members)
 
 
 def admitted(group: Group, storage: str) -> str:
     """The storage if a group can have it at low rank, else "pair": a group that shares its basis may not."""
-    return storage if storage_of(group, storage).refusal(size_of(group, 1)) is None else "pair"
+    return storage if refusal(group, 1, storage) is None else "pair"
+
+
+def refusal(group: Group, rank: int, storage: str, kept: int | None = None) -> str | None:
+    """Why a group cannot be stored so at a rank, in words that can follow "it"; None if it can."""
+    kind = storage_of(group, storage)
+    if group.of_experts and not kind.stacks:
+        return "is an expert, which are stored as stacks of pairs or pivoted ones"
+    return kind.refusal(size_of(group, rank, kept))
 
 
 def parameters(group: Group, rank: int | None, storage: str = "pair", kept: int | None = None) -> int:
     """Stored parameters of a group at a rank; `None` is dense. A basis shared by the group is counted once."""
-    return group.parameters if rank is None else storage_of(group, storage).parameters(size_of(group, rank, kept))
+    if rank is None:
+        return group.parameters
+    return group.matrices * storage_of(group, storage).parameters(size_of(group, rank, kept))
 
 
 def index_bytes(group: Group, rank: int | None, storage: str = "pair", kept: int | None = None) -> int:
     """Bytes of the index arrays of a storage, which are not parameters."""
-    return 0 if rank is None else storage_of(group, storage).index_bytes(size_of(group, rank, kept))
+    if rank is None:
+        return 0
+    return group.matrices * storage_of(group, storage).index_bytes(size_of(group, rank, kept))
 
 
 def largest_rank(group: Group, allowance: Fraction | int, storage: str = "pair") -> int:
     """Largest rank whose parameters fit in `allowance`; may be 0, and of a pair may exceed the full rank."""
-    return storage_of(group, storage).largest_rank(group.out_features, group.in_features, allowance)
+    of_one = Fraction(allowance) / group.matrices if group.matrices > 1 else allowance
+    return storage_of(group, storage).largest_rank(group.out_features, group.in_features, of_one)
 
 
 def rank_for(group: Group, keep: float, budget: Budget) -> int | None:
@@ -59,7 +73,7 @@ def rank_for(group: Group, keep: float, budget: Budget) -> int | None:
         return None
     storage = admitted(group, budget.storage)
     rank = rounded(largest_rank(group, share(keep) * group.parameters, storage), group, budget.rank_multiple)
-    return None if storage_of(group, storage).refusal(size_of(group, rank)) else rank
+    return None if refusal(group, rank, storage) else rank
 
 
 def rounded(rank: int, group: Group, multiple: int) -> int:
@@ -133,7 +147,8 @@ def make_ledger(groups: Iterable[Group], entries: Iterable[Entry], model_paramet
         if e.rank is None:
             stored += group.parameters * bytes_each
         else:
-            stored += storage_of(group, e.storage).bytes(size_of(group, e.rank, e.kept), bytes_each)
+            one = storage_of(group, e.storage).bytes(size_of(group, e.rank, e.kept), bytes_each)
+            stored += group.matrices * one
     whole = model_parameters - dense + kept
     rest = (model_parameters - dense) * bytes_each
     return Ledger(dense, kept, model_parameters, whole, model_parameters * bytes_each, rest + stored)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from eckart import recipes
 from eckart.checkpoints.provenance import compress_command
+from eckart.model.experts import opened as experts_opened
 from eckart.planning import preflight
 from eckart.planning.goals import Goal
 from eckart.planning.loaded import Loaded
@@ -83,7 +84,7 @@ def compress(
             chosen, calibration or Calibration(), full_recipe, goal, stages,
             plan=saved_plan, output=output, rank_multiple=rank_multiple,
         )  # fmt: skip
-        with _spill(scratch, output, loaded) as spill:
+        with _spill(scratch, output, loaded) as spill, experts_opened(loaded.model, loaded.layout.targets):
             if saved_plan is None:
                 planned = make_plan(
                     loaded, text, full_recipe, goal, rank_multiple=rank_multiple, work=folder, spill=spill,
@@ -146,9 +147,10 @@ def plan(
         loaded, text = prepare(
             chosen, calibration or Calibration(), full_recipe, goal, stages, rank_multiple=rank_multiple
         )
-        planned = make_plan(
-            loaded, text, full_recipe, goal, rank_multiple=rank_multiple, work=folder, spill=spill, stages=stages
-        )
+        with experts_opened(loaded.model, loaded.layout.targets):
+            planned = make_plan(
+                loaded, text, full_recipe, goal, rank_multiple=rank_multiple, work=folder, spill=spill, stages=stages
+            )
     return planned.plan
 
 
@@ -171,7 +173,7 @@ def spectra(
     preflight.check_request(full_recipe, Goal(keep=1.0), device, dtype)
     chosen = ModelSpec(model, tokenizer, tuple(include), tuple(exclude), device, dtype, trust_remote_code)
     loaded, text = prepare(chosen, calibration or Calibration(), full_recipe, Goal(keep=1.0), stages)
-    groups = full_recipe.make_grouping().groups(loaded.layout.targets)
+    groups = full_recipe.groups(loaded.layout.targets)
     return decompose_for(loaded, text, full_recipe, groups, stages=stages).spectra
 
 

@@ -12,12 +12,15 @@ A user's own recipe is a TOML file with the same keys (and, above the tables, `s
     [grouping]
     size = 2
 
+    [experts]
+    ranks = "free"
+
     [[refiners]]
     name = "refit_coefficients"
     min_removed = 0.3
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,18 +31,20 @@ from eckart import registry, storages
 from eckart.allocators.base import Allocator
 from eckart.errors import OptionError
 from eckart.factorizers.base import Factorizer
+from eckart.plans.experts import Experts
 from eckart.plans.grouping import Grouping
 from eckart.refiners.base import Refiner
 from eckart.support import reading
 from eckart.support.escaping import plain
+from eckart.types import Group, Target
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Which parts, with which options. Options that are not named have the part's defaults.
 
-    `options` maps "factorizer", "allocator", "grouping" and the name of each refiner to its options. `storage` is how
-    factors are stored in the end, where a group can have it; it prices ranks for every allocator.
+    `options` maps "factorizer", "allocator", "grouping", "experts" and the name of each refiner to its options.
+    `storage` is how factors are stored in the end, where a group can have it; it prices ranks for every allocator.
     """
 
     name: str
@@ -63,6 +68,14 @@ class Recipe:
     def make_grouping(self) -> Grouping:
         """Build the grouping; raises `OptionError` for an unknown option."""
         return registry.build(Grouping, "grouping", self.options.get("grouping"))
+
+    def make_experts(self) -> Experts:
+        """Build the options of experts; raises `OptionError` for an unknown one."""
+        return registry.build(Experts, "experts", self.options.get("experts"))
+
+    def groups(self, targets: Sequence[Target]) -> list[Group]:
+        """Put every target into one group. Raises `OptionError` when there is nothing to group."""
+        return self.make_experts().groups(targets, self.make_grouping())
 
     def make_refiners(self) -> list[Refiner]:
         """Build the refiners, in the order they run; raises `OptionError` for an unknown name or option."""
@@ -88,6 +101,7 @@ class Recipe:
             "factorizer": describe(self.factorizer, self.make_factorizer()),
             "allocator": describe(self.allocator, self.make_allocator()),
             "grouping": registry.options_of(self.make_grouping()),
+            "experts": registry.options_of(self.make_experts()),
             "refiners": [describe(n, r) for n, r in zip(self.refiners, self.make_refiners(), strict=True)],
             "storage": self.storage,
         }
@@ -198,8 +212,14 @@ def _override(recipe: Recipe, key: str, value: Any) -> Recipe:
     part, _, option = key.partition(".")
     if key in ("storage", "allocator.storage"):  # the latter is its name up to version 0.1
         return replace(recipe, storage=checked_storage(str(value)))
-    parts = ["factorizer", "allocator", "grouping", *(recipe.refiners if option else ["refiners", "storage"])]
-    if part not in parts or key == "grouping":
+    parts = [
+        "factorizer",
+        "allocator",
+        "grouping",
+        "experts",
+        *(recipe.refiners if option else ["refiners", "storage"]),
+    ]
+    if part not in parts or key in ("grouping", "experts"):
         raise OptionError(registry.unknown("part of a recipe", part, parts))
     if key == "refiners":
         return replace(recipe, refiners=_names(value))
@@ -232,6 +252,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     factorizer: dict[str, Any]
     allocator: dict[str, Any] = {}
     grouping: dict[str, Any] = {}
+    experts: dict[str, Any] = {}
     refiners: list[dict[str, Any]] = []
     about: str = ""
     storage: str | None = None
@@ -243,11 +264,11 @@ def read_file(path: Path) -> Recipe:
     source = plain(path, 1000)
     if "factorizer" not in data or set(data) - set(_File.__struct_fields__):
         raise OptionError(
-            f"{source}: a recipe has the table [factorizer], and may have [allocator], [grouping], [[refiners]], "
-            "'storage' and 'about'."
+            f"{source}: a recipe has the table [factorizer], and may have [allocator], [grouping], [experts], "
+            "[[refiners]], 'storage' and 'about'."
         )
     file = reading.checked(data, _File, OptionError, source, an_object="a table")
-    options = {"factorizer": file.factorizer, "allocator": file.allocator, "grouping": file.grouping}
+    options = {part: getattr(file, part) for part in ("factorizer", "allocator", "grouping", "experts")}
     storage = options["allocator"].pop("storage", "pair")
     names = {part: options[part].pop("name", "uniform") for part in ("factorizer", "allocator")}
     for what, name in {**names, "storage": storage}.items():

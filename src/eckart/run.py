@@ -13,6 +13,7 @@ from eckart.checkpoints.fused import spare_factors_
 from eckart.checkpoints.provenance import make_provenance
 from eckart.ledger import Ledger
 from eckart.model.discovery import Layout
+from eckart.model.experts import close_all_
 from eckart.model.factorise import store_
 from eckart.model.operators import operator
 from eckart.planning.loaded import Loaded, Text
@@ -94,7 +95,8 @@ def carry_out(
         names = [name for entry in entries if entry.rank is not None for name in entry.targets]
         dense = {name: operator(loaded.model, name).weight for name in names}
         text.read()  # now: the dense model may be the author of the text
-    drift = planned.decomposed.drift
+    drift, routed = planned.decomposed.drift, planned.decomposed.routed
+    experts = {**routed.to_dict(), **planned.evenness} if routed else {}
     _factorise(loaded, planned, groups, entries, stages)
     notes = _refine(loaded, text, planned.plan, refiners, dense, work, stages)
     _store(loaded, entries, stages)
@@ -109,8 +111,14 @@ def carry_out(
         ledger=book.to_dict(),
         command=command(calibration=None if text.windows is None else text.calibration),
     )
-    provenance["coverage"] = {"covered": loaded.layout.covered, "uncovered": loaded.layout.uncovered}
-    for name, facts in (("refinement", notes), ("metric_drift", drift), ("kl", kl)):
+    coverage = {"covered": loaded.layout.covered, "uncovered": loaded.layout.uncovered}
+    for name, facts in (
+        ("coverage", coverage),
+        ("refinement", notes),
+        ("metric_drift", drift),
+        ("kl", kl),
+        ("experts", experts),
+    ):
         provenance |= {name: facts} if facts else {}
     return Compression(
         loaded.model, loaded.tokenizer, loaded.layout, planned.plan, book, provenance, stages.seconds,
@@ -179,9 +187,10 @@ def _measured(planned: Planned, changed: bool, stages: Stages) -> dict[str, Any]
 
 
 def _finish(loaded: Loaded) -> None:
-    """Cast to the stored dtype, and attach what plain `save_pretrained` needs."""
+    """Close the stacks of experts, cast to the stored dtype, and attach what plain `save_pretrained` needs."""
     from eckart.portable import hf  # imports transformers
 
+    close_all_(loaded.model)
     dtypes.cast_(loaded.model, loaded.stored_dtype)
     specs = hf.specs_of(loaded.model)
     hf.attach_(loaded.model, specs)

@@ -20,7 +20,8 @@ class Target:
     """A linear layer chosen for compression.
 
     `name` is its dotted path in the model, `kind` its path inside its block (`self_attn.q_proj`),
-    `block` the index of the decoder block that holds it.
+    `block` the index of the decoder block that holds it. The experts of a layer are of one kind
+    (`mlp.experts.down_proj`), and `expert` is the number of each, with which its name ends.
     """
 
     name: str
@@ -29,6 +30,12 @@ class Target:
     out_features: int
     in_features: int
     has_bias: bool
+    expert: int | None = None
+
+    @property
+    def place(self) -> str:
+        """Its path inside its block."""
+        return self.kind if self.expert is None else f"{self.kind}.{self.expert}"
 
     @property
     def parameters(self) -> int:
@@ -49,10 +56,12 @@ class Skipped:
 class Group:
     """Targets that are factorised together and share one basis; most groups have one member.
 
-    The weights of a group are stacked along `out`; all members have the same `in`.
+    The weights of a group are stacked along `out`; all members have the same `in`. With `own_bases` nothing is shared
+    but the rank: each member, all of one shape, is a matrix of its own, as the experts of a layer are.
     """
 
     targets: tuple[Target, ...]
+    own_bases: bool = False
 
     @property
     def name(self) -> str:
@@ -72,14 +81,23 @@ class Group:
         return self.targets[0].in_features
 
     @property
+    def matrices(self) -> int:
+        """How many matrices are factorised: one for a shared basis, or one for each member."""
+        return len(self.targets) if self.own_bases else 1
+
+    @property
+    def of_experts(self) -> bool:
+        return self.targets[0].expert is not None
+
+    @property
     def out_features(self) -> int:
-        """Rows of the stacked weight."""
-        return sum(target.out_features for target in self.targets)
+        """Rows of one matrix: of the stacked weight, or of each member's own."""
+        return self.targets[0].out_features if self.own_bases else sum(t.out_features for t in self.targets)
 
     @property
     def parameters(self) -> int:
         """Parameters of the dense weights."""
-        return self.out_features * self.in_features
+        return self.matrices * self.out_features * self.in_features
 
     @property
     def full_rank(self) -> int:
@@ -94,6 +112,8 @@ class Entry:
     `None` leaves it to the factorizer, which may then trade ranks for columns at no more parameters
     than a pair of rank `rank`; 0 means none.
 
+    With `own_bases` each of the targets has a basis of its own, and the rank is that of each; else they share one.
+
     `details` is for people: figures behind the choice. It changes nothing and is not compared.
     """
 
@@ -102,6 +122,7 @@ class Entry:
     storage: str = "pair"
     kept: int | None = None
     details: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    own_bases: bool = False
 
     @property
     def name(self) -> str:
@@ -113,10 +134,12 @@ class Spectrum:
     """What an allocator sees of a group: its singular values in the metric of its factorizer.
 
     `values` is `[full_rank]`, float64 on the CPU, falling. Cutting at rank r makes the error `sqrt(sum_{i>r}
-    values_i^2)` in that metric (Eckart and Young 1936). `nats` turns a squared error into a predicted loss in nats
-    per token; it is `None` for a metric that does not measure the model's loss (every one without gradients), and
-    then `loss` is `None` as well. `unseen` `[full_rank + 1]` are the squared errors at every rank on text that did
-    not make the cuts, where somebody has measured them: what a text says of its own cuts is too low. `observed` holds
+    values_i^2)` in that metric (Eckart and Young 1936). Of a group whose members have a basis each, they are roots of
+    sums over the members, so that the same holds for all of them cut at rank r. `nats` turns a squared error into a
+    predicted loss in nats per token; it is `None` for a metric that does not measure the model's loss (every one
+    without gradients), and then `loss` is `None` as well. `unseen` `[full_rank + 1]` are the squared errors at every
+    rank on text that did not make the cuts, where somebody has measured them: what a text says of its own cuts is too
+    low. `observed` holds
     what an allocator asked to be measured, by name (`eckart.measuring.scene`): "sensitivity" is `{share: KL of the
     model's output}` when this group alone is moved to a share, "similarity" the cosine between what enters and what
     leaves the group's block.

@@ -302,7 +302,8 @@ def show_comparison(comparison: dict[str, Any]) -> None:
 
 def blocks_text(blocks: Sequence[int]) -> str:
     """`0-29` for a run without gaps, else a count."""
-    gapless = list(blocks) == list(range(blocks[0], blocks[-1] + 1))
+    blocks = sorted(set(blocks))  # experts of one block are of one kind
+    gapless = blocks == list(range(blocks[0], blocks[-1] + 1))
     if len(blocks) == 1:
         return str(blocks[0])
     return f"{blocks[0]}-{blocks[-1]}" if gapless else f"{len(blocks)} of {blocks[0]}-{blocks[-1]}"

@@ -89,7 +89,7 @@ def fit_ranks(groups: Sequence[Group], keeps: Sequence[float], budget: Budget) -
 def _highest(group: Group, storage: str) -> int:
     """The largest rank that the storage is for."""
     full = group.full_rank
-    return full - 1 if full > 1 and ledger.storage_of(group, storage).refusal(ledger.size_of(group, full)) else full
+    return full - 1 if full > 1 and ledger.refusal(group, full, storage) else full
 
 
 def _wish(group: Group, allowance: float, storage: str) -> float:

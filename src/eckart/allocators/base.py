@@ -70,7 +70,8 @@ def entry_for(group: Group, keep: float, budget: Budget) -> Entry:
 
 def entry_at(group: Group, rank: int | None, budget: Budget) -> Entry:
     """An entry at a rank, `None` dense, in the budget's storage where the group can have it."""
-    return Entry(group.names, rank, "pair" if rank is None else ledger.admitted(group, budget.storage))
+    storage = "pair" if rank is None else ledger.admitted(group, budget.storage)
+    return Entry(group.names, rank, storage, own_bases=group.own_bases)
 
 
 def checked(spectra: Sequence[Spectrum], budget: Budget) -> None:

@@ -90,5 +90,4 @@ class WaterLevel(Allocator):
         floor = max(self.floor_rank, ceil(self.floor_share * full), 1)
         first = -(-floor // multiple) * multiple
         ranks = list(range(first, full, multiple))
-        refused = ledger.storage_of(group, storage).refusal(ledger.size_of(group, full))
-        return ranks if self.dense or refused else [*ranks, full]
+        return ranks if self.dense or ledger.refusal(group, full, storage) else [*ranks, full]

@@ -332,8 +332,9 @@ def _specs(folder: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]
     return eckart_config.modules
 
 
-def _difference(plan: Plan, specs: Mapping[str, Mapping[str, Any]]) -> str:
+def _difference(plan: Plan, stored: Mapping[str, Mapping[str, Any]]) -> str:
     """Where a plan and the layers of a model part ways, in words; empty when they agree."""
+    specs = layer_specs(stored)
     sharing: dict[str, list[str]] = {}
     for name, spec in specs.items():
         sharing.setdefault(spec.get("basis_of", name), []).append(name)
@@ -342,7 +343,7 @@ def _difference(plan: Plan, specs: Mapping[str, Mapping[str, Any]]) -> str:
         for name, spec in specs.items()
     }
     planned = {
-        name: (entry.rank, entry.storage, sorted(entry.targets), entry.kept or 0)
+        name: (entry.rank, entry.storage, [name] if entry.own_bases else sorted(entry.targets), entry.kept or 0)
         for entry in plan.entries
         if entry.rank is not None
         for name in entry.targets
@@ -359,6 +360,20 @@ def _difference(plan: Plan, specs: Mapping[str, Mapping[str, Any]]) -> str:
         if planned.get(name) != built.get(name):
             return f"{name} is {say(planned.get(name))} in the plan, but {say(built.get(name))} in the model"
     return ""
+
+
+def layer_specs(stored: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """How each factorised layer is stored, with every expert of a stack by itself, as plans have them."""
+    from eckart.portable.experts import STORAGE
+
+    specs: dict[str, Mapping[str, Any]] = {}
+    for name, spec in stored.items():
+        if spec.get("storage") != STORAGE:
+            specs[name] = spec
+            continue
+        of = spec.get("of")
+        specs |= {f"{name}.{e}": {"storage": of, "rank": rank} for e, rank in enumerate(spec["ranks"]) if rank}
+    return specs
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from eckart import storages
 
 PORTABLE = Path(storages.__file__).parent.parent / "portable"
-FILES = ("modeling_eckart.py", "hf.py", "hashes.py", "inventory.py", "linear.py", "tensor_parallel.py")
+FILES = ("modeling_eckart.py", "experts.py", "hf.py", "hashes.py", "inventory.py", "linear.py", "tensor_parallel.py")
 AUTO = (
     "AutoModelForCausalLM",
     "AutoModelForImageTextToText",
@@ -35,11 +35,12 @@ def write_code(folder: Path, model: Any) -> None:
     import transformers
 
     from eckart.portable import hf
+    from eckart.portable.experts import STORAGE
 
     classes = {"AutoConfig": type(model.config), _auto_class(model): type(model)}
     if not all(issubclass(c, getattr(transformers, c.__name__, ())) for c in classes.values()):
         return
-    names = sorted({spec["storage"] for spec in hf.specs_of(model).values()})
+    names = sorted({spec["storage"] for spec in hf.specs_of(model).values()} - {STORAGE}) or ["pair"]
     for source in {*(PORTABLE / name for name in FILES), *_files_of(names)}:
         shutil.copyfile(source, folder / source.name)
     (folder / INDEX).write_text(_index(names), encoding="utf-8")

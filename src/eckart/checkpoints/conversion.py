@@ -13,7 +13,7 @@ from eckart.ledger import Ledger
 from eckart.model.discovery import Layout, discover
 from eckart.model.factorise import store_
 from eckart.plans.plan import Plan, resolve
-from eckart.portable import hf
+from eckart.portable import experts, hf
 from eckart.portable.linear import shape_of
 from eckart.progress import Progress, silent, track
 from eckart.storages import Size
@@ -44,7 +44,9 @@ def convert(folder: str | Path, *, storage: str, out: str | Path, progress: Prog
     model, tokenizer = checkpoint.load(folder), checkpoint.load_tokenizer(folder)
     specs, skeleton = hf.specs_of(model), hf.dense_skeleton(model)
     left = {} if storage == "dense" else _left(model, specs, storage)
-    names = [n for n, spec in specs.items() if n not in left and spec["storage"] != storage]
+    # A stack of experts stays what it is, or becomes dense.
+    kept = left if storage == "dense" else {*left, *(n for n, s in specs.items() if s["storage"] == experts.STORAGE)}
+    names = [n for n, spec in specs.items() if n not in kept and spec["storage"] != storage]
     if storage == "dense" and specs:
         model.dequantize()
     else:
@@ -61,8 +63,11 @@ def convert(folder: str | Path, *, storage: str, out: str | Path, progress: Prog
 def _left(model: nn.Module, specs: hf.Specs, storage: str) -> dict[str, str]:
     """Layers that cannot be stored as asked, and why."""
     owners = [spec.get("basis_of", name) for name, spec in specs.items()]
-    left = {}
+    left: dict[str, str] = {}
     for name, spec in specs.items():
+        if spec["storage"] == experts.STORAGE:
+            left |= {} if spec["of"] == storage else {name: "is a stack of experts, which is only changed to dense"}
+            continue
         members = owners.count(spec.get("basis_of", name))
         size = Size(*shape_of(model.get_submodule(name)), spec["rank"], spec.get("kept", 0), members)
         if refusal := storages.find(storage).refusal(size):
@@ -72,7 +77,7 @@ def _left(model: nn.Module, specs: hf.Specs, storage: str) -> dict[str, str]:
 
 def _plan(plan: Plan | None, model: nn.Module, layout: Layout) -> tuple[Plan, Ledger]:
     """The plan with the storage that the model has now, or one read off the model; and its ledger."""
-    specs = hf.specs_of(model)
+    specs = checkpoint.layer_specs(hf.specs_of(model))
     if plan is None:
         sharing: dict[str, list[str]] = {}
         for name, spec in specs.items():

@@ -21,6 +21,7 @@ import torch
 
 from eckart.checkpoints import checkpoint, conversion, pretrained
 from eckart.errors import ModelError, OptionError
+from eckart.portable.experts import stacks_in
 from eckart.progress import Progress, silent
 from eckart.support import dtypes, files
 from eckart.support.extras import require
@@ -69,6 +70,11 @@ def export(model: str | Path, *, to: str, out: str | Path, int8: bool = False, p
         return Export(str(out), to, int8, _size(out), source, MERGED_NOTE)
     _require(to, int8)
     loaded = checkpoint.load_model(str(model))
+    if stack := next(iter(stacks_in(loaded)), None):
+        raise ModelError(
+            f"{stack[0]}: is a stack of factorised experts, of which no graph can be made for {to} yet; "
+            "export the dense model with --to merged first."
+        )
     source = sum(p.nbytes for p in loaded.parameters())
     dtypes.cast_(loaded, torch.float32)
     with files.new_folder(out) as partial:

@@ -132,9 +132,17 @@ class EckartServing(QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "EckartServing":
+        from eckart.portable.experts import STORAGE
         from eckart.portable.hf import EckartConfig
 
-        return cls(EckartConfig.from_dict(config).modules)  # which checks the version
+        modules = EckartConfig.from_dict(config).modules  # which checks the version
+        for name, spec in modules.items():
+            if spec["storage"] == STORAGE:
+                raise ValueError(
+                    f"{name}: is a stack of factorised experts, which vLLM cannot compute with yet; serve the dense "
+                    "model that `eckart convert --storage dense` writes."
+                )
+        return cls(modules)
 
     @classmethod
     def get_name(cls) -> str:

@@ -49,6 +49,15 @@ class GroupDecomposition:
         """The entry with everything decided that an allocator left open (here nothing), and with `details`."""
         return replace(entry, details={**entry.details, **self.details}) if self.details else entry
 
+    @property
+    def apart(self) -> list[Spectrum]:
+        """The spectra of what may have a rank of its own: one, unless members have a basis each."""
+        return [self.spectrum]
+
+    def cuts(self, rank: int, kept: int | None = None) -> "list[tuple[Group, Factors]]":
+        """Factors at this rank and the targets that they replace: all of the group, if they share a basis."""
+        return [(self.group, self.truncate(rank, kept))]
+
     def truncate(self, rank: int, kept: int | None = None) -> Factors:
         """Factors of the best replacement of rank `rank`, 1 <= rank <= full rank, with `kept` columns exact.
 

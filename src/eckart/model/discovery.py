@@ -6,7 +6,7 @@ inside. Everything else is reported, with the reason.
 """
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,9 @@ from torch import nn
 
 from eckart.errors import ModelError
 from eckart.model.choosers import choosers
-from eckart.portable.linear import is_factorized, is_linear, shape_of, weight_view
+from eckart.model.experts import dense_weight, experts_in, targets_in
+from eckart.portable.experts import stack_names
+from eckart.portable.linear import is_factorized, is_linear, shape_of
 from eckart.types import Skipped, Target
 
 if TYPE_CHECKING:
@@ -74,48 +76,61 @@ def discover(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[st
 
     `include` and `exclude` are shell patterns on the dotted name of a linear layer or on its name
     inside its block (`*.down_proj`, `self_attn.*`); with `include`, only what matches is taken. Layers that choose
-    (`eckart.model.choosers`) are taken only if it names them.
+    (`eckart.model.choosers`) are taken only if it names them. Experts are matched by the name of their stack as well as
+    by their own, which is that and a number (`mlp.experts.down_proj.7`).
     Raises `ModelError` when there is nothing to compress.
     """
     path, blocks = _find_blocks(model)
-    targets, reasons = [], {}
+    targets: list[Target] = []
+    reasons: dict[str, str] = {}
+    left: list[Skipped] = []
     config, tied = _text_config(model), _tied(model)
     for index, block in enumerate(blocks):
         choosing = {} if include else choosers(config, block)
-        for kind, module in block.named_modules():
-            name = f"{path}.{index}.{kind}"
-            if is_factorized(module):
-                raise ModelError(f"{name}: is factorised already; compress the original model instead.")
-            if not is_linear(module):
-                continue
-            out_features, in_features = shape_of(module)
-            target = Target(name, index, kind, out_features, in_features, module.bias is not None)
-            reason = _unwanted(target, include, exclude) or choosing.get(kind)
-            if id(module.weight) in tied:
+        for target in _linear_maps(path, block, index):
+            reason = _unwanted(target, include, exclude) or choosing.get(target.place)
+            if target.expert is None and id(block.get_submodule(target.kind).weight) in tied:
                 reason = "one weight in several places, which would have to be cut in all of them at once"
-            if reason:
-                reasons[f"{name}.weight"] = reason
-            else:
+            if reason is None:
                 targets.append(target)
+            else:
+                reasons[f"{target.name}.weight"] = reason
+                if target.expert is not None:
+                    left.append(Skipped(f"{target.name}.weight", target.parameters, reason))
     if not targets:
         why = f" ({next(iter(reasons.values()))})" if reasons else ""
         raise ModelError(
             f"{type(model).__name__}: no linear layer to compress in {path!r}{why}; eckart factorises "
             "nn.Linear and Conv1D inside decoder blocks."
         )
+    skipped = _skipped(model, path, targets, reasons)
     return Layout(
         path,
         tuple(targets),
-        _skipped(model, path, targets, reasons),
+        (*skipped, *left),
         parameters=sum(p.numel() for p in model.parameters()),
         block_parameters=sum(p.numel() for p in blocks.parameters()),
     )
 
 
+def _linear_maps(path: str, block: nn.Module, index: int) -> Iterator[Target]:
+    """Everything in a block that can be factorised, in model order; the experts of a stack where the stack stands."""
+    experts = targets_in(path, block, index)
+    for kind, module in block.named_modules():
+        name = f"{path}.{index}.{kind}"
+        if is_factorized(module):
+            raise ModelError(f"{name}: is factorised already; compress the original model instead.")
+        for stack in [stack for stack in experts if stack.rpartition(".")[0] == kind]:
+            yield from experts[stack]
+        if is_linear(module) and kind.rpartition(".")[0] not in experts:
+            out_features, in_features = shape_of(module)
+            yield Target(name, index, kind, out_features, in_features, module.bias is not None)
+
+
 def check_finite(model: nn.Module, targets: Sequence[Target]) -> None:
     """Raise `ModelError` that names the first target whose weight holds NaN or infinity."""
     for target in targets:
-        weight = weight_view(model.get_submodule(target.name))
+        weight = dense_weight(model, target)
         # A sum is finite only if every term is, save for overflow, which the second test excludes.
         if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
             bad = int((~torch.isfinite(weight)).sum())
@@ -163,7 +178,8 @@ def _unwanted(target: Target, include: Sequence[str], exclude: Sequence[str]) ->
     """Why a linear layer inside a block is not a target, or None."""
 
     def hits(patterns: Sequence[str]) -> str | None:
-        return next((p for p in patterns if fnmatchcase(target.name, p) or fnmatchcase(target.kind, p)), None)
+        names = {target.name, target.kind, target.place, target.name.removesuffix(f".{target.expert}")}
+        return next((p for p in patterns if any(fnmatchcase(name, p) for name in names)), None)
 
     if include and not hits(include):
         return "matches no --include pattern"
@@ -175,7 +191,13 @@ def _unwanted(target: Target, include: Sequence[str], exclude: Sequence[str]) ->
 
 
 def _skipped(model: nn.Module, path: str, targets: Sequence[Target], reasons: dict[str, str]) -> tuple[Skipped, ...]:
-    target_names = {f"{target.name}.weight" for target in targets}
+    # Every expert is accounted for by itself, whether its stack is one parameter or open.
+    target_names = {f"{target.name}.weight" for target in targets} | {
+        name
+        for at, module in experts_in(model)
+        for name in (f"{at}.{inner}" for inner, _ in module.named_parameters())
+        if name.startswith(f"{path}.") and _is_of_stack(module, name.removeprefix(f"{at}."))
+    }
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -191,16 +213,23 @@ def _skipped(model: nn.Module, path: str, targets: Sequence[Target], reasons: di
     return tuple(result)
 
 
+def _is_of_stack(module: nn.Module, name: str) -> bool:
+    """Whether a parameter of an experts module is one of its stacks, or in one that is open."""
+    return name.split(".")[0] in stack_names(module)
+
+
 def _reason(model: nn.Module, name: str, parameter: torch.Tensor, path: str) -> str:
     module = model.get_submodule(name.rpartition(".")[0])
     if isinstance(module, nn.Embedding):
         return "embedding"
     if parameter.dim() == 1:
         return "bias" if name.endswith("bias") else "vector (norm or scale)"
+    if name.endswith("_proj_bias"):
+        return "bias"
     if not name.startswith(path + "."):
         return "linear outside the decoder blocks" if is_linear(module) else "outside the decoder blocks"
-    if parameter.dim() == 3:
-        return "fused 3-D parameter (experts): not a linear layer"
+    if parameter.dim() == 3 and not isinstance(module, nn.Conv1d):
+        return f"fused 3-D parameter of {type(module).__name__}, which is not used as eckart knows experts"
     return f"parameter of {type(module).__name__}, not a linear layer"
 
 

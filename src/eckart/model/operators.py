@@ -82,7 +82,9 @@ def dense_again(
 
     In a whole model, or in one block with its `targets`. Biases are the same objects.
     """
-    places = {name: name for name in dense} if targets is None else {t.name: t.kind for t in targets if t.name in dense}
+    places = (
+        {name: name for name in dense} if targets is None else {t.name: t.place for t in targets if t.name in dense}
+    )
     return replaced(root, {place: operator(root, place).dense(dense[name]) for name, place in places.items()})
 
 

@@ -95,7 +95,7 @@ def modules(
                 "storage": "dense" if entry.rank is None else entry.storage,
                 "kept": entry.kept or 0,
                 "share": share,
-                "group": len(group.targets),
+                "group": 1 if group.own_bases else len(group.targets),
                 "energy_effective_rank": by_name.get(entry.name, entry.details).get("energy_effective_rank"),
                 "predicted_loss": None if loss is None else loss / len(group.targets),
                 "measured_alone": _measured_alone(by_name.get(entry.name, {}).get("measured_kl"), share),

@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -11,12 +11,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from eckart.errors import DataError
+from eckart.factorizers._each import decompose_each
 from eckart.factorizers.base import Factorizer, GroupDecomposition
 from eckart.model.discovery import Layout
+from eckart.model.experts import PRIOR, opened
 from eckart.model.factorise import factorized_layers
 from eckart.model.operators import operator
 from eckart.model.residence import residence_of
 from eckart.model.walk import walk
+from eckart.planning.routing import Routing
 from eckart.progress import Progress, silent
 from eckart.statistics.sums import GroupStatistics, Statistics
 from eckart.statistics.sweep import sweep
@@ -29,7 +32,8 @@ log = logging.getLogger(__name__)
 class Decomposed(Mapping[str, GroupDecomposition]):
     """The decompositions of some groups, by name, in their order.
 
-    `left` are the targets of the groups that have none, with the reason in words.
+    `left` are the targets of the groups that have none, with the reason in words. `routed` says how many tokens the
+    experts saw, None where there are none.
     """
 
     def __init__(
@@ -38,10 +42,11 @@ class Decomposed(Mapping[str, GroupDecomposition]):
         groups: Sequence[Group],
         decompositions: Mapping[str, GroupDecomposition],
         left: Mapping[str, str],
+        routed: "Routing | None" = None,
     ) -> None:
         self.model, self.groups = model, [group for group in groups if group.name in decompositions]
         self._decompositions = {group.name: decompositions[group.name] for group in self.groups}
-        self.left = left
+        self.left, self.routed = left, routed
 
     def __getitem__(self, name: str) -> GroupDecomposition:
         return self._decompositions[name]
@@ -71,8 +76,14 @@ class Decomposed(Mapping[str, GroupDecomposition]):
         return {"median": median(drifts.values()), "most": drifts[most], "most_of": most}
 
     def settle(self, entries: Sequence[Entry]) -> list[Entry]:
-        """Let the decompositions decide what the allocator left to them (preserved columns)."""
-        return [entry if entry.rank is None else self[entry.name].settle(entry) for entry in entries]
+        """Let the decompositions decide what the allocator left to them: preserved columns. Experts have none."""
+        return [entry if entry.rank is None else self._settled(entry) for entry in entries]
+
+    def _settled(self, entry: Entry) -> Entry:
+        decomposition = self[entry.name]
+        if not decomposition.group.of_experts:
+            return decomposition.settle(entry)
+        return replace(decomposition.settle(replace(entry, kept=0)), kept=entry.kept)
 
     def cut(self, group: Group, entry: Entry) -> dict[str, nn.Module]:
         """Factorised layers for the members of a group at the entry's rank, by name; none for one that stays dense.
@@ -81,7 +92,10 @@ class Decomposed(Mapping[str, GroupDecomposition]):
         """
         if entry.rank is None:
             return {}
-        return factorized_layers(self.model, group, self[group.name].truncate(entry.rank, entry.kept))
+        layers: dict[str, nn.Module] = {}
+        for members, factors in self[group.name].cuts(entry.rank, entry.kept):
+            layers |= factorized_layers(self.model, members, factors)
+        return layers
 
     def drop(self, name: str) -> None:
         """Forget a decomposition, once its factors are in the model for good."""
@@ -96,6 +110,7 @@ def decompose(
     windows: Tensor | None,
     *,
     spill: Path | None = None,
+    prior: float = PRIOR,
     progress: Progress = silent,
 ) -> Decomposed:
     """Decompose every group once.
@@ -108,10 +123,11 @@ def decompose(
     for all.
     """
     waiting = _Waiting(factorizer, list(groups), spill)
-    for statistics in _sweep(model, layout, groups, factorizer, windows, spill, progress):
-        waiting.take(statistics, {name: operator(model, name).weight for name in statistics})
-        del statistics  # or the Grams of a block would stay while the next one collects its own
-        give_back()
+    with opened(model, layout.targets):
+        for statistics in _sweep(model, layout, groups, factorizer, windows, spill, prior, progress):
+            waiting.take(statistics, {name: operator(model, name).weight for name in statistics})
+            del statistics  # or the Grams of a block would stay while the next one collects its own
+            give_back()
     decompositions = waiting.decompositions
     if groups and not decompositions:
         name, reason = next(iter(waiting.left.items()))
@@ -122,7 +138,7 @@ def decompose(
     notes = Counter(decomposition.note for decomposition in decompositions.values() if decomposition.note)
     for note, count in notes.items():
         log.warning("%s (%d of %d groups)", note, count, len(decompositions))
-    return Decomposed(model, groups, decompositions, waiting.left)
+    return Decomposed(model, groups, decompositions, waiting.left, Routing.of(layout.targets, waiting.routed))
 
 
 @dataclass
@@ -136,10 +152,12 @@ class _Waiting:
     left: dict[str, str] = field(default_factory=dict)
     statistics: dict[str, Statistics] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    routed: dict[str, int] = field(default_factory=dict)
 
     def take(self, statistics: Mapping[str, Statistics], weights: Mapping[str, Tensor]) -> None:
         """Take what belongs to some targets, and decompose every group that waited for nothing else."""
         self.statistics |= statistics
+        self.routed |= {name: s.routed for name, s in statistics.items() if s.routed is not None}
         self.weights |= weights
         for group in [group for group in self.groups if all(name in self.weights for name in group.names)]:
             self.groups.remove(group)
@@ -155,7 +173,11 @@ class _Waiting:
                 self.left |= dict.fromkeys(group.names, reason)
                 return
         members = GroupStatistics(collected)
-        decomposition = self.factorizer.decompose(group, [self.weights[name] for name in group.names], members)
+        weights = [self.weights[name] for name in group.names]
+        if group.own_bases:
+            decomposition: GroupDecomposition = decompose_each(self.factorizer, group, weights, members)
+        else:
+            decomposition = self.factorizer.decompose(group, weights, members)
         decomposition.drift = members.drift
         decomposition.close()
         if self.spill is not None:
@@ -170,6 +192,7 @@ def _sweep(
     factorizer: Factorizer,
     windows: Tensor | None,
     spill: Path | None,
+    prior: float,
     progress: Progress,
 ) -> Iterator[Mapping[str, Statistics]]:
     """Statistics of one block after another, with its weights at hand; empty ones for a factorizer without needs."""
@@ -177,8 +200,8 @@ def _sweep(
         return
     if factorizer.needs:
         assert windows is not None
-        sharing = {name for group in groups if len(group.targets) > 1 for name in group.names}
-        how: dict[str, Any] = {"whole_gram": sharing, "spill": spill, "progress": progress}
+        sharing = {name for g in groups if len(g.targets) > 1 and not g.own_bases for name in g.names}
+        how: dict[str, Any] = {"whole_gram": sharing, "spill": spill, "prior": prior, "progress": progress}
         yield from sweep(model, layout, windows, factorizer.needs, **how)
         return
     for at in walk(residence_of(model, layout), stage="decompose", progress=progress):

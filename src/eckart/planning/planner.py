@@ -19,6 +19,7 @@ from eckart.measuring.probes import SlicingProbe, in_place, measure_parts, split
 from eckart.measuring.scene import Scene, observe
 from eckart.planning.correction import Correction, corrected
 from eckart.planning.decomposed import Decomposed, decompose
+from eckart.planning.evenness import evenness
 from eckart.planning.goals import Goal, header_bytes, meet, predicted_kl
 from eckart.planning.loaded import Loaded, Text
 from eckart.plans import Plan, resolve
@@ -41,6 +42,7 @@ class Planned:
     decomposed: Decomposed
     held_out: HeldOut | None = None
     summaries: list[dict[str, Any]] = field(default_factory=list)
+    evenness: dict[str, float | None] = field(default_factory=dict)
 
 
 def make_plan(
@@ -55,7 +57,7 @@ def make_plan(
     stages: Stages,
 ) -> Planned:
     """The plan of a recipe that meets a goal; where the recipe predicts its loss, corrected by what is measured."""
-    groups = recipe.make_grouping().groups(loaded.layout.targets)
+    groups = recipe.groups(loaded.layout.targets)
     if goal.keep is not None:
         ledger.check_reachable(groups, goal.keep, rank_multiple, recipe.storage)
     decomposed = decompose_for(loaded, text, recipe, groups, spill=spill, stages=stages)
@@ -84,10 +86,17 @@ def plan_from(
         return task.meet(allocate, spectra if correction is None else correction.apply(spectra))
 
     plan, level = answer(None), allocator.correction_level()
+    keep = goal.keep or min(1.0, float(plan.reached["keep"]) * (1 + 1e-9))
+    even = evenness(decomposed, plan.entries, allocator, Budget(keep, rank_multiple, recipe.storage))
+    if even:
+        log.info(
+            "one rank for the experts of a layer: predicted KL %.4g nats per token; with experts.ranks=free %.4g",
+            *even.values(),
+        )
     if held_out is not None and level != "off":
         measure, kl = partial(_measure, task, held_out, plan), partial(_kl, task, held_out)
         plan = corrected(goal, plan, answer, spectra, level, measure, kl)
-    return Planned(plan, decomposed, held_out, [summary(spectrum) for spectrum in spectra])
+    return Planned(plan, decomposed, held_out, [summary(spectrum) for spectrum in spectra], even)
 
 
 def take_plan(
@@ -121,8 +130,11 @@ def decompose_for(
     ids = text.ids() if factorizer.needs and groups else None
     with stages("calibrate and decompose"):
         decomposed = decompose(
-            loaded.model, loaded.layout, groups, factorizer, ids, spill=spill, progress=stages.progress
-        )
+            loaded.model, loaded.layout, groups, factorizer, ids,
+            spill=spill, prior=recipe.make_experts().prior, progress=stages.progress,
+        )  # fmt: skip
+    if decomposed.routed:
+        log.log(*decomposed.routed.message(loaded.layout))
     for reason in dict.fromkeys(decomposed.left.values()):
         names = [name for name, why in decomposed.left.items() if why == reason]
         log.warning("stays dense, since %s: %s", reason, ", ".join(names))
@@ -157,6 +169,7 @@ class _Task:
     def _plan(self, allocate: "Allocate", spectra: Sequence[Spectrum], keep: float) -> Plan:
         """The plan for a share, with what it reaches by the ledger and by the metric."""
         entries = allocate(spectra, Budget(keep, self.rank_multiple, self.recipe.storage))
+        entries = [replace(e, own_bases=s.group.own_bases) for e, s in zip(entries, spectra, strict=True)]
         entries = self.decomposed.settle([with_figures(e, s) for e, s in zip(entries, spectra, strict=True)])
         goal = {**self.goal.to_dict(), "rank_multiple": self.rank_multiple}
         plan = Plan(tuple(entries), goal, {}, self.recipe.to_dict())

@@ -74,7 +74,7 @@ def check_outline(
     if plan is not None:
         resolve(plan, layout.targets)
     elif goal.keep is not None:
-        groups = recipe.make_grouping().groups(layout.targets)
+        groups = recipe.groups(layout.targets)
         ledger.check_reachable(groups, goal.keep, rank_multiple, recipe.storage)
     elif goal.size is not None:
         _check_size(model, layout, goal.size, _least_itemsize(outline, dtype))

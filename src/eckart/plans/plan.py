@@ -87,6 +87,7 @@ class _Row(msgspec.Struct, forbid_unknown_fields=True):
     rank: Any
     storage: str = "pair"
     kept: reading.Count | None = None
+    own_bases: bool = False
     details: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
@@ -104,7 +105,7 @@ class _Row(msgspec.Struct, forbid_unknown_fields=True):
 
     def entry(self) -> Entry:
         rank = None if self.rank == "dense" else self.rank
-        return Entry(tuple(self.targets), rank, self.storage, self.kept, self.details)
+        return Entry(tuple(self.targets), rank, self.storage, self.kept, self.details, self.own_bases)
 
 
 class _Plan(msgspec.Struct):
@@ -138,10 +139,11 @@ def resolve(plan: Plan, targets: Sequence[Target]) -> tuple[list[Group], list[En
             if name in seen:
                 raise PlanError(f"plan names {name!r} twice; each target may appear once.")
             seen.add(name)
-        group = Group(tuple(by_name[name] for name in entry.targets))
+        group = Group(tuple(by_name[name] for name in entry.targets), entry.own_bases)
         _check_entry(group, entry)
         groups.append(group)
         entries.append(entry)
+    _check_stacks(groups, entries)
     for target in targets:
         if target.name not in seen:
             groups.append(Group((target,)))
@@ -149,19 +151,34 @@ def resolve(plan: Plan, targets: Sequence[Target]) -> tuple[list[Group], list[En
     return groups, entries
 
 
+def _check_stacks(groups: Sequence[Group], entries: Sequence[Entry]) -> None:
+    """The experts of a stack have one storage, since their factors are stacked."""
+    storages_of: dict[tuple[int, str], str] = {}
+    for group, entry in zip(groups, entries, strict=True):
+        for target in group.targets if entry.rank is not None else ():
+            known = storages_of.setdefault((target.block, target.kind), entry.storage)
+            if target.expert is not None and known != entry.storage:
+                raise PlanError(
+                    f"{target.name}: storage {entry.storage!r} in the plan, but other experts of its stack have "
+                    f"{known!r}; give all of them one."
+                )
+
+
 def _check_entry(group: Group, entry: Entry) -> None:
     if len({target.in_features for target in group.targets}) > 1:
         raise PlanError(f"{entry.name}: the targets that share its basis have different input sizes.")
+    if entry.own_bases and len({target.out_features for target in group.targets}) > 1:
+        raise PlanError(f"{entry.name}: the targets that share its rank have different output sizes.")
     if entry.rank is not None and not 1 <= entry.rank <= group.full_rank:
         raise PlanError(
             f"{entry.name}: rank {entry.rank} in the plan, but it must lie in [1, {group.full_rank}], "
             f"the full rank of a {group.out_features} x {group.in_features} matrix."
         )
-    storage = ledger.storage_of(group, entry.storage)  # raises for an unknown one
+    ledger.storage_of(group, entry.storage)  # raises for an unknown one
     if entry.rank is None:
         if entry.kept:
             raise PlanError(f"{entry.name}: {entry.kept} preserved columns in the plan of a dense layer; write none.")
-    elif refusal := storage.refusal(ledger.size_of(group, entry.rank, entry.kept)):
+    elif refusal := ledger.refusal(group, entry.rank, entry.storage, entry.kept):
         raise PlanError(
             f"{entry.name}: rank {entry.rank} of {group.full_rank}, {entry.kept or 0} preserved columns in the plan "
             f"cannot have storage {entry.storage!r}, since it {refusal}; write another storage or rank, or dense."
@@ -178,4 +195,6 @@ def _entry_to_dict(entry: Entry) -> dict[str, Any]:
     row: dict[str, Any] = {"targets": list(entry.targets), "rank": rank, "storage": entry.storage}
     if entry.kept is not None:
         row["kept"] = entry.kept
+    if entry.own_bases:
+        row["own_bases"] = True
     return {**row, "details": dict(entry.details)} if entry.details else row

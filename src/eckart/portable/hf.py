@@ -20,6 +20,17 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .experts import (
+    STORAGE,
+    FactorizedExperts,
+    check_stack,
+    empty_stack,
+    is_dense_stack,
+    put_dense_,
+    put_stack_,
+    stacks_in,
+    transposed,
+)
 from .hashes import check_hashes
 from .inventory import check_files, local_name
 from .linear import empty_like, is_factorized, is_linear, share_basis_, swap_, weight_view
@@ -42,7 +53,8 @@ class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     `modules` maps the dotted name of a layer to `{"storage": "pair", "rank": r}`, with
     `"basis_of": other` when the layer reads the basis that `other` owns, or to
-    `{"storage": "pivoted", "rank": r, "pivots": "rows"}`. Raises `ValueError` for a
+    `{"storage": "pivoted", "rank": r, "pivots": "rows"}`; that of a stack of experts to
+    `{"storage": "experts", "of": "pair", "ranks": [r, ...]}`. Raises `ValueError` for a
     newer format, an empty `modules` and a `basis_of` that names no owner.
     """
 
@@ -84,7 +96,8 @@ class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
     @property
     def guard(self) -> str:
         """Key of the empty tensor that makes a reader fail who does not know this format."""
-        return f"{min(self.modules)}.weight"
+        first = min(self.modules)
+        return first if self.modules[first].get("storage") == STORAGE else f"{first}.weight"
 
 
 def _check_module(name: Any, spec: Any) -> None:
@@ -97,10 +110,13 @@ def _check_module(name: Any, spec: Any) -> None:
         raise ValueError(f"modules names {name!r:.100}, which cannot be the name of a layer.")
     if not isinstance(spec, dict):
         raise ValueError(f"modules[{name!r}] is {spec!r:.100}, but it must be an object.")
+    if spec.get("storage") == STORAGE and not isinstance(spec.get("ranks"), list):
+        raise ValueError(f"{name}: is a stack of experts, but ranks is {spec.get('ranks')!r:.100}, not a list of them.")
     for key, value in spec.items():
         text = isinstance(value, str) and value.isprintable() and len(value) <= 300
         number = type(value) is int and abs(value) < 2**31
-        if not isinstance(key, str) or not (text or number):
+        numbers = isinstance(value, list) and all(type(one) is int and abs(one) < 2**31 for one in value)
+        if not isinstance(key, str) or not (text or number or (numbers and key == "ranks")):
             raise ValueError(f"{name}: {key!r:.100} is {value!r:.100}, but it must be a text or a whole number.")
 
 
@@ -140,15 +156,20 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         for name, spec in self.quantization_config.modules.items():
             try:
+                if spec["storage"] == STORAGE:
+                    check_stack(model.get_submodule(name))
+                    continue
                 find(spec["storage"]).check(model.get_submodule(name))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
         # accelerate reads the weights of an offloaded layer by that layer's name. A shared basis is in no file
         # under its user's name, and transformers adds the name only where its owner is offloaded as well.
         for name, spec in self.quantization_config.modules.items():
+            if "basis_of" not in spec:
+                continue
             hook = getattr(model.get_submodule(f"{name}.basis"), "_hf_hook", None)
             stored = getattr(getattr(hook, "weights_map", None), "dataset", None)
-            if "basis_of" in spec and stored is not None and f"{name}.basis.weight" not in [*stored]:
+            if stored is not None and f"{name}.basis.weight" not in [*stored]:
                 owner = model.get_submodule(spec["basis_of"])
                 stored.state_dict[f"{name}.basis.weight"] = owner.basis.weight
                 stored.all_keys.append(f"{name}.basis.weight")
@@ -156,6 +177,7 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """The tensors that `save_pretrained` writes: the model's own and the guard."""
         config: EckartConfig = self.quantization_config
+        keep_stacks_(model)
         state: dict[str, torch.Tensor] = model.state_dict()
         # Without eckart, transformers would only warn and fill the dense layers at random. An empty
         # tensor under the name of one of them is a size mismatch, and that it refuses.
@@ -237,6 +259,8 @@ def specs_of(model: nn.Module) -> Specs:
             owner = owners.setdefault(id(module.basis.weight), name)
             if owner != name:
                 specs[name]["basis_of"] = owner
+        elif isinstance(module, FactorizedExperts):
+            specs[name] = module.spec()
     return specs
 
 
@@ -274,6 +298,13 @@ def dense_skeleton(model: Any) -> Any:
 def densify_(model: Any) -> None:
     """Put the product of the factors, in their dtype, into a dense layer of the kind that was there."""
     skeleton = dense_skeleton(model)
+    for name, stack in list(stacks_in(model)):
+        weight = stack.weight
+        if weight.is_meta:
+            raise ValueError(f"{name}: is offloaded, so its product cannot be computed; load without device_map first.")
+        module, leaf = skeleton.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        weight = weight.transpose(-2, -1).contiguous() if transposed(module)[leaf] else weight
+        put_dense_(model, name, nn.Parameter(weight, requires_grad=next(stack.parameters()).requires_grad))
     for name in specs_of(model):
         old = model.get_submodule(name)
         weight = old.weight
@@ -310,6 +341,11 @@ def _in_terms_of(model: Any, specs: Specs) -> Specs:
 
 def _put_empty_(model: nn.Module, name: str, spec: dict[str, Any]) -> None:
     """Replace the dense layer `name` by an empty one of the storage that `spec` says."""
+    if spec["storage"] == STORAGE:
+        _put_empty_stack_(model, name, spec)
+        return
+    if is_dense_stack(model, name):
+        raise ValueError(f"{name}: is a stack of experts, so its storage is {STORAGE!r}, not {spec['storage']!r}.")
     old = model.get_submodule(name)
     if not is_linear(old):
         raise ValueError(f"{name}: named in quantization_config, but it is a {type(old).__name__}, not a linear layer.")
@@ -321,6 +357,44 @@ def _put_empty_(model: nn.Module, name: str, spec: dict[str, Any]) -> None:
     if not any(True for _ in parent.parameters(recurse=False)) and not any(True for _ in parent.buffers(recurse=False)):
         # GPT-2 initialises `c_proj.weight` from its parent; here that is a product, computed in vain.
         parent._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def _put_empty_stack_(model: nn.Module, name: str, spec: dict[str, Any]) -> None:
+    if not is_dense_stack(model, name):
+        raise ValueError(f"{name}: named in quantization_config, but it is no stack of experts that eckart knows.")
+    try:
+        put_stack_(model, name, empty_stack(model, name, spec))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    # Its class would draw the stack anew; that nothing is missing in the files is seen to before.
+    model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def keep_stacks_(model: Any) -> None:
+    """Take from a model the conversions of transformers that would unpack its factorised stacks as it is saved.
+
+    Families whose files have a matrix for each expert are saved so; factors of a stack are not to be taken apart.
+    """
+    keys = [f"{name}.{tensor}" for name, stack in stacks_in(model) for tensor in ("weight", *stack.state_dict())]
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import PrefixChange, WeightConverter
+    except ImportError:  # earlier ones, which convert nothing
+        return
+    known: Any = getattr(model, "_weight_conversions", None)
+    if known is None and keys:  # not read from files: what the family has; prefixes are for files that had none
+        known = [
+            one for one in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(one, PrefixChange)
+        ]
+
+    def unpacks(conversion: Any) -> bool:
+        if not isinstance(conversion, WeightConverter):
+            return False
+        pattern = conversion.reverse_transform().compiled_sources
+        return any(pattern.search(key) for key in keys)
+
+    if keys:
+        model._weight_conversions = [one for one in known if not unpacks(one)]
 
 
 def _tie_(model: Any, specs: Specs) -> None:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 FLOATS = ("F64", "F32", "BF16", "F16")
-FACTOR = r"\.(basis|coefficients)\.weight$"
+FACTOR = r"\.((basis|coefficients)\.weight|rank_\d+\.(basis|coefficients))$"
 Heads = dict[str, tuple[list[int], str]]  # tensors in files by name: shape and dtype
 
 
@@ -31,7 +31,9 @@ def local_name(model: Any, name: str) -> str:
 
 def _has(model: nn.Module, name: str) -> bool:
     try:
-        return model.get_submodule(name) is not model
+        parent, _, leaf = name.rpartition(".")
+        # A stack of experts is a parameter of its module until factors take its place.
+        return leaf in model.get_submodule(parent)._parameters or model.get_submodule(name) is not model
     except AttributeError:
         return False
 

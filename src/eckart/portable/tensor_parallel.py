@@ -11,6 +11,7 @@ from torch import nn
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, replace_layer_number_by_wildcard
 from transformers.distributed.tensor_parallel import TensorParallelLayer
 
+from .experts import FactorizedExperts
 from .linear import is_factorized
 
 PREFIX = "eckart_"
@@ -25,6 +26,12 @@ def split_factors_(model: nn.Module, plan: dict[str, str]) -> None:
     for name, module in model.named_modules():
         layers = replace_layer_number_by_wildcard(name)
         style = plan.get(layers, "")
+        if isinstance(module, FactorizedExperts):
+            module.tensor_parallel_name = name
+            if style and not style.startswith(PREFIX):
+                plan[layers] = PREFIX + style
+                ALL_PARALLEL_STYLES.register(PREFIX + style, _Around(style))
+            continue
         if not is_factorized(module) or not style or style.startswith(PREFIX):
             continue
         factor = "coefficients" if style.startswith("colwise") else "basis"
@@ -55,6 +62,12 @@ class _Around(TensorParallelLayer):  # type: ignore[misc]
 
 
 def _refuse(module: nn.Module, style: str) -> None:
+    stack = next((one for one in module.modules() if isinstance(one, FactorizedExperts)), None)
+    if stack is not None:
+        raise ValueError(
+            f"{stack.tensor_parallel_name}: factorised experts cannot be spread over devices yet; "
+            "load without a parallel plan."
+        )
     if not is_factorized(module):
         return
     if not module.divisible or not style.startswith(("colwise", "rowwise")):

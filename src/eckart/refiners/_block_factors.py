@@ -54,7 +54,7 @@ def split_windows(
 
 def factors_of(block: nn.Module, targets: Sequence[Target]) -> BlockFactors:
     """Copies of the factors that are in the block."""
-    layers = {target.kind: block.get_submodule(target.kind) for target in targets}
+    layers = {target.place: block.get_submodule(target.place) for target in targets}
     return {
         kind: (layer.basis.weight.detach().clone(), layer.coefficients.weight.detach().clone())
         for kind, layer in layers.items()

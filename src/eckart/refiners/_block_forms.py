@@ -40,6 +40,9 @@ class BlockForm(ABC):
     def descend(self, rate: float, clip: float) -> None:
         """Clip the common norm of all gradients, step, and forget the gradients."""
         leaves = self.leaves()
+        for leaf in leaves:
+            if leaf.grad is None:  # of an expert that no token of the batch reached
+                leaf.grad = torch.zeros_like(leaf)
         torch.nn.utils.clip_grad_norm_(leaves, clip)
         self.step(rate)
         for leaf in leaves:

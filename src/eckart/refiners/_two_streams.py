@@ -57,10 +57,34 @@ class AtBlock:
 
     @torch.no_grad()
     def stages(self) -> list[list[Target]]:
-        """The targets in the order in which the block runs them; those that read the same tensor are one stage."""
+        """The targets in the order in which the block runs them; those that read the same tensor are one stage.
+
+        So are the experts of one kind, also those that the first batch does not reach.
+        """
+        stages: dict[object, list[Target]] = {}
         with Recorder(self.block, self.targets) as recorder:
             self.run(0)
-            return [[target for target, _ in members] for _, members in recorder.by_input()]
+            for number, (_, members) in enumerate(recorder.by_input()):
+                first = members[0][0]
+                if first.expert is None:
+                    stages[number] = [target for target, _ in members]
+                else:
+                    stages[first.kind] = [t for t in self.targets if t.kind == first.kind and t.expert is not None]
+        return list(stages.values())
+
+    @torch.no_grad()
+    def input_grams(self, stage: Sequence[Target], batches: Sequence[int]) -> dict[str, Gram]:
+        """The Grams of what the targets of a stage read, by their places in the block, from one run of the batches."""
+        if stage[0].expert is None:
+            return dict.fromkeys([target.place for target in stage], self.input_gram(stage[0], batches))
+        device = self.compressed.states[0].device
+        grams = {target.place: Gram(target.in_features, device) for target in stage}
+        with Recorder(self.block, stage) as recorder:
+            for batch in batches:
+                self.run(batch)
+                for x, members in recorder.by_input():
+                    grams[members[0][0].place].add_(x)
+        return grams
 
     @torch.no_grad()
     def input_gram(self, target: Target, batches: Sequence[int]) -> Gram:

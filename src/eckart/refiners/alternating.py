@@ -90,7 +90,8 @@ class Alternating(Refiner):
         lowest = before
         kept = tried = 0
         for stage in here.stages() * self.sweeps:
-            chosen = [target for target in stage if target.name in changeable]
+            # An expert does not see every token, so what it would have to give to reach the aims is not told by them.
+            chosen = [target for target in stage if target.name in changeable and target.expert is None]
             if not chosen:
                 continue
             old, tried = factors_of(here.block, chosen), tried + 1
@@ -116,13 +117,13 @@ class Alternating(Refiner):
             return
         gram = here.input_gram(chosen[0], train).matrix
         for target in chosen:
-            weight, layer = refinement.dense_weights[target.name], here.block.get_submodule(target.kind)
+            weight, layer = refinement.dense_weights[target.name], here.block.get_submodule(target.place)
             assert isinstance(layer, FactorizedLayer)
             cross = weight.double() @ gram
             if aims is not None:
                 cross = blend(cross, missing_cross(here, target, aims, train), self.share)
             basis, coefficients = regress(weight, cross, gram, layer.rank, self.damping)
-            put_(here.block, {target.kind: (basis.to(weight.dtype), coefficients.to(weight.dtype))})
+            put_(here.block, {target.place: (basis.to(weight.dtype), coefficients.to(weight.dtype))})
 
 
 def missing_cross(here: AtBlock, target: Target, aims: Sequence[Tensor], batches: Sequence[int]) -> Tensor:
@@ -132,7 +133,7 @@ def missing_cross(here: AtBlock, target: Target, aims: Sequence[Tensor], batches
     matrix that writes to the residual stream.
     """
     total = torch.zeros(target.out_features, target.in_features, dtype=torch.float64, device=aims[0].device)
-    bias = operator(here.block, target.kind).bias
+    bias = operator(here.block, target.place).bias
     with Recorder(here.block, [target]) as recorder:
         for batch in batches:
             output = here.run(batch)

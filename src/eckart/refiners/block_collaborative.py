@@ -148,7 +148,7 @@ class _Job:
         if self.chosen:
             notes |= self._descend(error)
         others = [target for target in self.here.targets if target.name not in self.changeable]
-        if left := [target.kind for target in others if target.name in self.refinement.dense_weights]:
+        if left := [target.place for target in others if target.name in self.refinement.dense_weights]:
             notes["left_alone"] = left
         return notes
 
@@ -200,16 +200,14 @@ class _Job:
         if not options.refresh:
             with dense_again(self.block, self.refinement.dense_weights, self.here.targets):
                 for stage in order:
-                    gram = self.here.input_gram(stage[0], self.train)
-                    grams |= {target.kind: gram for target in stage}
+                    grams |= self.here.input_grams(stage, self.train)
         for stage in order:
             if options.refresh:
-                gram = self.here.input_gram(stage[0], self.train)
-                grams |= {target.kind: gram for target in stage}
+                grams |= self.here.input_grams(stage, self.train)
             for target in stage:
-                put_(self.block, {target.kind: self._whitened(target, grams[target.kind])})
+                put_(self.block, {target.place: self._whitened(target, grams[target.place])})
         ran = [target for stage in order for target in stage]
-        weights = {target.kind: self.refinement.dense_weights[target.name] for target in ran}
+        weights = {target.place: self.refinement.dense_weights[target.name] for target in ran}
         start = factors_of(self.block, ran)
         if options.form != "svd":
             return Subspaces(weights, {kind: coefficients for kind, (_, coefficients) in start.items()})
@@ -219,7 +217,7 @@ class _Job:
     def _whitened(self, target: Target, gram: Gram) -> tuple[Tensor, Tensor]:
         """The tied factors of SVD-LLM on this Gram: coefficients Q, basis `Q^T W`."""
         weight = self.refinement.dense_weights[target.name]
-        layer = self.block.get_submodule(target.kind)
+        layer = self.block.get_submodule(target.place)
         assert isinstance(layer, FactorizedLayer)
         _, point = Decomposition(weight, Metric(right=gram.side(self.options.damping))).truncate(layer.rank)
         return tied(precise(point), weight)

@@ -41,7 +41,7 @@ def collect_input(
             before = statistics.input_absmean
             statistics.input_absmean = absolute if before is None else before + absolute
         if statistics.output_gram is not None:
-            bias = operator(block, target.kind).bias
+            bias = operator(block, target.place).bias
             statistics.output_gram.add_(y if bias is None else y - bias)
 
 

@@ -4,17 +4,19 @@ One backward run through one recomputed block at a time. Gradients of weights ar
 those of activations, of which a matrix keeps the Gram on its smaller side.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from eckart.errors import NumericalError
+from eckart.model.experts import PRIOR, Routed
 from eckart.model.residence import Residence
 from eckart.model.walk import Stream, tail_of
 from eckart.progress import Progress, track
 from eckart.statistics.at_inputs import collect_input, finish_inputs
 from eckart.statistics.recomputed import Backward, Use, recompute
+from eckart.statistics.routed import readers, settle_, weighs_by_gates
 from eckart.statistics.sums import (
     GRADIENT_GRAM_NEEDS,
     GRADIENT_NEEDS,
@@ -103,42 +105,67 @@ def backward_block(
     at: Backward,
     needs: frozenset[Need],
     whole_gram: Collection[str] = (),
+    prior: float = PRIOR,
 ) -> dict[str, Statistics]:
     """Recompute one block, collect its statistics, and move the gradients to its entrance, in place."""
     result = {target.name: Statistics() for target in targets}
     at_inputs = needs - GRADIENT_NEEDS - {Need.WEIGHED_GRAM}
-    weights = TokenWeights.of(block, targets, at) if Need.WEIGHED_GRAM in needs else None
+    of_experts = at_inputs | ({Need.SMALLER_GRAM} if Need.WEIGHED_GRAM in needs else set())  # few tokens: plainly
+    whole_gram = {*whole_gram, *readers(block, targets)}
+    plain = [target for target in targets if target.expert is None]
+    weights = TokenWeights.of(block, plain, at) if Need.WEIGHED_GRAM in needs else None
     for index in range(len(at.calls)):
-        here = recompute(block, targets, at, index, at_tall_inputs=bool(needs & GRADIENT_GRAM_NEEDS))
+        here = recompute(
+            block, targets, at, index, at_tall_inputs=bool(needs & GRADIENT_GRAM_NEEDS), gated=weighs_by_gates(needs)
+        )
         windows, length = at.gradients[index].shape[:2]
+        reached = set[str]()
         for use in here.uses:
             statistics = result[use.target.name]
             if use.gradient is None:
                 statistics.without_gradient = True
                 continue
-            _add(statistics, use, windows, needs)
-            if weights is not None:
+            reached.add(use.target.name)
+            _add(statistics, use, windows, length, needs)
+            if weights is not None and use.target.expert is None:
                 weight = weights(use.target, use.gradient)
                 add_weighed(statistics, use, block, weight, use.target.name in whole_gram)
-        for name in {use.target.name for use in here.uses if use.gradient is not None and needs & GRADIENT_GRAM_NEEDS}:
-            result[name].predictions += windows * (length - 1)  # however often the target runs for each token
+        for target in targets if needs & GRADIENT_GRAM_NEEDS else ():
+            # However often a target runs; an expert's loss is spread over all predictions, reached by a token or not.
+            if target.name in reached or target.expert is not None:
+                result[target.name].predictions += windows * (length - 1)
         for x, members in here.by_input:
-            collect_input(x, members, block, result, at_inputs, whole_gram)
+            wanted = at_inputs if members[0][0].expert is None else of_experts
+            collect_input(x, members, block, result, wanted, whole_gram)
         at.gradients[index], at.at_carried[index] = here.at_entrance, here.at_carried
         mark_three_quarters(result.values(), index + 1, len(at.calls))
     for target in targets:
         finish_inputs(target, result[target.name], needs - GRADIENT_NEEDS)
         _check(target, result[target.name])
+    settle_(block, targets, result, needs, prior)
     return result
 
 
-def _add(statistics: Statistics, use: Use, windows: int, needs: frozenset[Need]) -> None:
-    """Add what is collected from the gradients of one use in a run of so many windows."""
+def _add(statistics: Statistics, use: Use, windows: int, length: int, needs: frozenset[Need]) -> None:
+    """Add what is collected from the gradients of one use in a run of so many windows of this length."""
     assert use.gradient is not None
     if needs & GRADIENT_GRAM_NEEDS:
         _add_gradient(statistics, use.target, use.gradient, use.at_input)
     if Need.WEIGHT_FISHER in needs:
-        _add_weight_fisher(statistics, _per_window(use.x, windows), _per_window(use.gradient, windows))
+        for x, gradient in _by_window(use.x, use.gradient, windows, length, use.routed):
+            _add_weight_fisher(statistics, x, gradient, length - 1)
+
+
+def _by_window(
+    x: Tensor, gradient: Tensor, windows: int, length: int, routed: Routed | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and gradients `[windows, seq, k]`, or window by window those of the tokens that reached an expert."""
+    if routed is None:
+        yield _per_window(x, windows), _per_window(gradient, windows)
+        return
+    for window in range(windows):
+        rows = routed.tokens // length == window
+        yield x[rows][None], gradient[rows][None]
 
 
 def _per_window(tensor: Tensor, windows: int) -> Tensor:
@@ -160,9 +187,9 @@ def _add_gradient(statistics: Statistics, target: Target, gradient: Tensor, pull
     statistics.gradient_gram.add_(gradient)
 
 
-def _add_weight_fisher(statistics: Statistics, x: Tensor, gradient: Tensor) -> None:
+def _add_weight_fisher(statistics: Statistics, x: Tensor, gradient: Tensor, predictions: int) -> None:
     """Add `(dloss/dW)^2` of each window's mean loss, for x `[batch, seq, in]` and gradient `[batch, seq, out]`."""
-    of_mean = gradient.mT.float() @ x.float() / (x.shape[1] - 1)
+    of_mean = gradient.mT.float() @ x.float() / predictions
     squared = of_mean.square().sum(0, dtype=torch.float64)  # [out, in]
     rows, columns = statistics.fisher_rows, statistics.fisher_columns
     statistics.fisher_rows = squared.sum(1) if rows is None else rows + squared.sum(1)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from eckart.model.calls import Call
 from eckart.model.carried import Carried
+from eckart.model.experts import Routed
 from eckart.model.recorder import Recorder
 from eckart.model.store import Spilled, Store
 from eckart.types import Target
@@ -36,7 +37,7 @@ class Use:
     """One call of a layer: what it read and gave, `[..., in]` and `[..., out]`, and the loss gradients at both.
 
     `gradient` is at the output, None where no gradient arrives. `at_input` is the layer's own share of the gradient at
-    its input, for tall layers, where it was asked for.
+    its input, for tall layers, where it was asked for. `routed` says which tokens reached an expert.
     """
 
     target: Target
@@ -44,6 +45,7 @@ class Use:
     y: Tensor
     gradient: Tensor | None
     at_input: Tensor | None = None
+    routed: Routed | None = None
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,18 @@ class Recomputed:
 
 
 def recompute(
-    block: nn.Module, targets: Sequence[Target], at: Backward, index: int, *, at_tall_inputs: bool = False
+    block: nn.Module,
+    targets: Sequence[Target],
+    at: Backward,
+    index: int,
+    *,
+    at_tall_inputs: bool = False,
+    gated: bool = False,
 ) -> Recomputed:
-    """Run the block on batch `index` and take the gradients back through it; nothing is moved."""
+    """Run the block on batch `index` and take the gradients back through it; nothing is moved.
+
+    What enters experts is `gated` or not in `by_input` (`eckart.model.recorder`).
+    """
     entrance, carried = at.entrances[index].detach().requires_grad_(), at.carried[index].apart()
     with Recorder(block, targets, own_inputs=True) as recorder, torch.enable_grad():
         output, left = at.calls[index].run(block, entrance, carried)
@@ -76,10 +87,11 @@ def recompute(
     inner = found[1 + len(beside) :]
     at_outputs, at_inputs = iter(inner[: len(reached)]), iter(inner[len(reached) :])
     uses = []
-    for target, x, y in recorder.uses:
+    for (target, x, y), routed in zip(recorder.uses, recorder.routed, strict=True):
         gradient = next(at_outputs) if y.requires_grad else None
         wanted = y.requires_grad and at_tall_inputs and target.out_features > target.in_features
-        uses.append(Use(target, x.detach(), y.detach(), gradient, next(at_inputs) if wanted else None))
-    shared = [(x.detach(), [(target, y.detach()) for target, y in members]) for x, members in recorder.by_input()]
+        uses.append(Use(target, x.detach(), y.detach(), gradient, next(at_inputs) if wanted else None, routed))
+    by_input = recorder.by_input(gated=gated)
+    shared = [(x.detach(), [(target, y.detach()) for target, y in members]) for x, members in by_input]
     assert found[0] is not None
     return Recomputed(found[0], at_carried, uses, shared)

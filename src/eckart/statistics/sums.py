@@ -111,6 +111,8 @@ class Statistics:
 
     `early` is what the Grams, energies and counts were at the mark; None without one. `without_gradient` says that no
     gradient reached the layer's output: it chooses (tokens to attend to, say), and what it does to the loss is unknown.
+    `routed` is how many tokens were routed to an expert, None for what every token reaches; `tokens` is that too, or 1
+    for an expert that has the means of its layer instead (`eckart.statistics.routed`).
     """
 
     tokens: int = 0
@@ -126,6 +128,7 @@ class Statistics:
     predictions: int = 0
     early: "Statistics | None" = None
     without_gradient: bool = False
+    routed: int | None = None
 
     @property
     def unknown(self) -> str | None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from eckart.errors import NumericalError
 from eckart.model.discovery import Layout
+from eckart.model.experts import PRIOR, opened
 from eckart.model.recorder import Recorder
 from eckart.model.residence import residence_of
 from eckart.model.store import Spilled, Store
@@ -27,6 +28,7 @@ from eckart.progress import Progress, silent
 from eckart.statistics.at_inputs import collect_input, finish_inputs
 from eckart.statistics.at_outputs import backward_block, check_labels, loss_gradients
 from eckart.statistics.recomputed import Backward
+from eckart.statistics.routed import readers, settle_, weighs_by_gates
 from eckart.statistics.sums import GRADIENT_NEEDS, Need, Statistics, mark_three_quarters
 from eckart.types import Target
 
@@ -42,6 +44,7 @@ def sweep(
     batch_tokens: int = BATCH_TOKENS,
     seed: int = 0,
     spill: Path | None = None,
+    prior: float = PRIOR,
     progress: Progress = silent,
 ) -> Iterator[dict[str, Statistics]]:
     """Yield `{target name: statistics}` for one block after another, with the weights of that block at hand.
@@ -49,20 +52,23 @@ def sweep(
     `windows` is `[windows, length]` token ids. Blocks come in forward order, or in backward order if a gradient
     statistic is among the needs. `seed` draws labels that are not the text's. `whole_gram` names targets that get
     their input Gram even where their output Gram is smaller: those that will share a basis. With `spill`, a folder,
-    what enters each block waits there for the backward run. Raises `NumericalError` naming the module where NaN or
-    infinity first appears.
+    what enters each block waits there for the backward run. `prior` is how far statistics of experts are taken from
+    their layers' (`eckart.statistics.routed`). Raises `NumericalError` naming the module where NaN or infinity first
+    appears.
     """
     needs = frozenset(needs)
     check_labels(needs)
-    if needs & GRADIENT_NEEDS:
-        how: dict[str, Any] = {"batch_tokens": batch_tokens, "seed": seed, "spill": spill, "progress": progress}
-        for here in backward(model, layout, windows, needs, **how):
-            yield backward_block(here.block, layout.in_block(here.index), here, needs, whole_gram)
-        return
-    residence = residence_of(model, layout)
-    stream = open_stream(model, residence, split_batches(windows, batch_tokens))
-    for at in walk(residence, stream, stage="calibrate", progress=progress):
-        yield _forward_block(f"{layout.blocks}.{at.index}", at, layout.in_block(at.index), stream, needs, whole_gram)
+    with opened(model, layout.targets):
+        if needs & GRADIENT_NEEDS:
+            how: dict[str, Any] = {"batch_tokens": batch_tokens, "seed": seed, "spill": spill, "progress": progress}
+            for here in backward(model, layout, windows, needs, **how):
+                yield backward_block(here.block, layout.in_block(here.index), here, needs, whole_gram, prior)
+            return
+        residence = residence_of(model, layout)
+        stream = open_stream(model, residence, split_batches(windows, batch_tokens))
+        for at in walk(residence, stream, stage="calibrate", progress=progress):
+            name, targets = f"{layout.blocks}.{at.index}", layout.in_block(at.index)
+            yield _forward_block(name, at, targets, stream, needs, whole_gram, prior)
 
 
 @torch.no_grad()
@@ -109,16 +115,19 @@ def _forward_block(
     stream: Stream,
     needs: frozenset[Need],
     whole_gram: Collection[str] = (),
+    prior: float = PRIOR,
 ) -> dict[str, Statistics]:
     """Run one block on every batch, collect, and move the stream past it."""
     result = {target.name: Statistics() for target in targets}
+    whole_gram = {*whole_gram, *readers(at.block, targets)}
     with Recorder(at.block, targets) as recorder:
         for batch, _, _ in at.steps(stream):
-            for x, members in recorder.by_input():
+            for x, members in recorder.by_input(gated=weighs_by_gates(needs)):
                 collect_input(x, members, at.block, result, needs, whole_gram)
             mark_three_quarters(result.values(), batch + 1, len(stream.batches))
     for target in targets:
         finish_inputs(target, result[target.name], needs)
+    settle_(at.block, targets, result, needs, prior)
     if not all(bool(torch.isfinite(state).all()) for state in stream.states):
         raise NumericalError(f"{name}: its output holds NaN or infinity; calibrate in float32 or bfloat16.")
     return result

@@ -84,13 +84,15 @@ class Storage(ABC):
 
     `tensors` are the names of what a layer holds besides its bias, below the layer's own name. `shares_basis`: several
     layers may read one basis. `from_plain_pairs`: any pair can be stored so, which conversion needs. `reorders`: the
-    layer moves its inputs or outputs into another order, which takes time.
+    layer moves its inputs or outputs into another order, which takes time. `stacks`: many layers of one shape can be
+    kept as one stack, as the experts of a layer are.
     """
 
     tensors: ClassVar[tuple[str, ...]] = ("basis.weight", "coefficients.weight")
     shares_basis: ClassVar[bool] = False
     from_plain_pairs: ClassVar[bool] = True
     reorders: ClassVar[bool] = False
+    stacks: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

@@ -53,6 +53,7 @@ class PairStorage(Storage):
     """`rank * (in + sum of out)` numbers: a basis shared by a group is counted once."""
 
     shares_basis = True
+    stacks = True
 
     def parameters(self, size: Size) -> int:
         return size.rank * (size.in_features + size.out_features)

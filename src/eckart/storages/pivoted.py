@@ -73,6 +73,7 @@ class PivotedStorage(Storage):
 
     tensors = ("basis.weight", "coefficients.weight", "index")
     reorders = True
+    stacks = True
 
     def parameters(self, size: Size) -> int:
         return size.rank * (size.in_features + size.out_features - size.rank)

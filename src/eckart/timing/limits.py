@@ -24,8 +24,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from eckart import storages
+from eckart.checkpoints.checkpoint import layer_specs
 from eckart.model import kv_cache
 from eckart.portable import hf
+from eckart.portable.experts import PivotedStack
 from eckart.portable.linear import is_factorized
 
 if TYPE_CHECKING:
@@ -68,7 +70,12 @@ def count(model: "PreTrainedModel", prompt: int, *, only_last: bool, weight_item
     shared = head is not None and head.weight.data_ptr() == table.weight.data_ptr()
     unread = set() if shared else {id(table.weight)}
     weights = sum(_size(p, weight_itemsize) for p in model.parameters() if id(p) not in unread)
-    indices = sum(b.nbytes for m in model.modules() if is_factorized(m) for b in m.buffers(recurse=False))
+    indices = sum(
+        b.nbytes
+        for m in model.modules()
+        if is_factorized(m) or isinstance(m, PivotedStack)
+        for b in m.buffers(recurse=False)
+    )
     cached = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values)) // prompt
     return Cost(
         macs=counter.get_total_flops() // 2,
@@ -113,8 +120,9 @@ def reasons(model: "PreTrainedModel", cost: Cost, device: str, dtype: str) -> li
     if not specs:
         return ["No layer is factorised, so nothing can be faster."]
     multiple = tile(device, dtype)
-    odd = sum(spec["rank"] % multiple != 0 for spec in specs.values())
-    gathers = sum(storages.find(spec["storage"]).reorders for spec in specs.values())
+    layers = layer_specs(specs)
+    odd = sum(spec["rank"] % multiple != 0 for spec in layers.values())
+    gathers = sum(storages.find(spec["storage"]).reorders for spec in layers.values())
     sentences = [
         f"{len(specs)} layers run two products where the dense model runs one; with few tokens each has a cost of "
         f"its own, whatever its size."
@@ -125,7 +133,7 @@ def reasons(model: "PreTrainedModel", cost: Cost, device: str, dtype: str) -> li
         )
     if odd:
         sentences.append(
-            f"{odd} of {len(specs)} ranks are not multiples of {multiple}, the tile of {dtype} on {device}: compress "
+            f"{odd} of {len(layers)} ranks are not multiples of {multiple}, the tile of {dtype} on {device}: compress "
             f"with --rank-multiple {multiple}."
         )
     if cost.head_bytes:
