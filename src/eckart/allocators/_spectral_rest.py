@@ -34,7 +34,8 @@ def _above(spectrum: Spectrum, rank: int | None, budget: Budget) -> Curve:
     step, choices = budget.rank_multiple, [(group.parameters, 0.0, DENSE)]
     if rank is not None:
         tails = spectrum.tails / max(spectrum.energy, 1e-300)
-        candidates = [rank, *range((rank // step + 1) * step, group.full_rank + 1, step)]
+        above = range((rank // step + 1) * step, group.full_rank + 1, step)
+        candidates = [rank, *(above if spectrum.energy else ())]  # of nothing there is nothing to gain
         discarded = tails[torch.tensor(candidates).clamp(max=len(tails) - 1)].tolist()
         costs = [ledger.parameters(group, r, storage) for r in candidates]
         choices += zip(costs, discarded, candidates, strict=True)
