@@ -119,17 +119,21 @@ def backward_block(
     at: Backward,
     needs: frozenset[Need],
     whole_gram: Collection[str] = (),
+    whole_gradients: bool = False,
 ) -> dict[str, Statistics]:
-    """Recompute one block, collect its statistics, and move the gradients to its entrance, in place."""
+    """Recompute one block, collect its statistics, and move the gradients to its entrance, in place.
+
+    `whole_gradients` gives tall matrices their gradient Gram at the output, too, in place of the smaller one.
+    """
     result = {target.name: Statistics() for target in targets}
-    gradients = at.gradients
+    gradients, pulls = at.gradients, needs & GRADIENT_GRAM_NEEDS and not whole_gradients
     for index, (entrance, call) in enumerate(zip(at.entrances, at.calls, strict=True)):
         entrance = entrance.detach().requires_grad_()
         with Recorder(block, targets, own_inputs=True) as recorder, torch.enable_grad():
             output = call.run(block, entrance)
             # What only chooses, such as an indexer of sparse attention, runs apart from the gradient or ends there.
             uses = [(target, x, y) for target, x, y in recorder.uses if y.requires_grad]
-            tall = [x for target, x, _ in uses if needs & GRADIENT_GRAM_NEEDS and _is_tall(target)]
+            tall = [x for target, x, _ in uses if pulls and _is_tall(target)]
             tensors = [entrance, *(y for _, _, y in uses), *tall]
             found: Sequence[Tensor | None] = torch.autograd.grad(output, tensors, gradients[index], allow_unused=True)
         at_entrance, inner_gradients = found[0], found[1:]
@@ -140,7 +144,7 @@ def backward_block(
         at_inputs = iter(inner_gradients[len(uses) :])
         for (target, x, _), gradient in zip(uses, inner_gradients[: len(uses)], strict=True):
             statistics, windows = result[target.name], len(entrance)
-            pulled = next(at_inputs) if needs & GRADIENT_GRAM_NEEDS and _is_tall(target) else None
+            pulled = next(at_inputs) if pulls and _is_tall(target) else None
             if gradient is None:
                 statistics.without_gradient = True
                 continue

@@ -35,6 +35,7 @@ def sweep(
     needs: Iterable[Need],
     *,
     whole_gram: Collection[str] = (),
+    whole_gradients: bool = False,
     batch_tokens: int = BATCH_TOKENS,
     seed: int = 0,
     progress: Progress = silent,
@@ -44,14 +45,15 @@ def sweep(
     `windows` is `[windows, length]` token ids. Blocks come in forward order, or in backward order if
     a gradient statistic is among the needs. `seed` draws labels that are not the text's.
     `whole_gram` names targets that get their input Gram even where their output Gram is smaller: those
-    that will share a basis. Raises `NumericalError` naming the module where NaN or infinity first appears.
+    that will share a basis, or be rounded. With `whole_gradients` tall matrices get the gradient Gram at their output.
+    Raises `NumericalError` naming the module where NaN or infinity first appears.
     """
     needs = frozenset(needs)
     check_labels(needs)
     if needs & GRADIENT_NEEDS:
         options = {"batch_tokens": batch_tokens, "seed": seed}
         for here in backward(model, layout, windows, needs, **options, progress=progress):
-            yield backward_block(here.block, layout.in_block(here.index), here, needs, whole_gram)
+            yield backward_block(here.block, layout.in_block(here.index), here, needs, whole_gram, whole_gradients)
         return
     residence = residence_of(model, layout)
     stream = open_stream(model, residence, split_batches(windows, batch_tokens))
