@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from eckart.checkpoints import checkpoint, conversion, pretrained
+from eckart.checkpoints.admission import refuse_packed
 from eckart.errors import ModelError, OptionError
 from eckart.progress import Progress, silent
 from eckart.support import dtypes, files
@@ -67,6 +68,7 @@ def export(model: str | Path, *, to: str, out: str | Path, int8: bool = False, p
         conversion.convert(model, storage="dense", out=out, progress=progress)
         source = _size(Path(model), "*.safetensors")
         return Export(str(out), to, int8, _size(out), source, MERGED_NOTE)
+    refuse_packed(model, f"exported to {to}")
     _require(to, int8)
     loaded = checkpoint.load_model(str(model))
     source = sum(p.nbytes for p in loaded.parameters())

@@ -26,7 +26,8 @@ from vllm.model_executor.models.utils import WeightsMapper
 from eckart import storages
 from eckart.engines.parts import assemble, part_of
 
-KEYS = tuple(dict.fromkeys(["weight", *(name for storage in storages.known() for name in storage.tensors)]))
+SERVED = [storage for storage in storages.known() if not storage.packs]
+KEYS = tuple(dict.fromkeys(["weight", *(name for storage in SERVED for name in storage.tensors)]))
 QKV = {"q": 0, "k": 1, "v": 2}
 
 
@@ -134,7 +135,13 @@ class EckartServing(QuantizationConfig):  # type: ignore[misc]
     def from_config(cls, config: dict[str, Any]) -> "EckartServing":
         from eckart.portable.hf import EckartConfig
 
-        return cls(EckartConfig.from_dict(config).modules)  # which checks the version
+        modules = EckartConfig.from_dict(config).modules  # which checks the version
+        if packed := sorted(name for name, spec in modules.items() if storages.find(spec["storage"]).packs):
+            raise ValueError(
+                f"{packed[0]}: has few bits, which cannot be served by vLLM yet ({len(packed)} such layers); "
+                "serve the dense model that `eckart convert --storage dense` writes."
+            )
+        return cls(modules)
 
     @classmethod
     def get_name(cls) -> str:

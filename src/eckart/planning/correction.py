@@ -54,7 +54,7 @@ def measure_correction(
 
     The parts are names of groups: each kind of matrix, with "full" each of `RUNS` runs of blocks, and last the whole.
     """
-    predicted = {s.group.name: s.loss(e.rank) or 0.0 for s, e in zip(spectra, entries, strict=True)}
+    predicted = {s.group.name: s.predicted(e) or 0.0 for s, e in zip(spectra, entries, strict=True)}
     parts = [*_by_kind(spectra), *(_by_run_of_blocks(spectra) if level == "full" else [])]
     probed = [members for members in parts if sum(predicted[name] for name in members) > LEAST]
     *measured, whole = [max(kl, LEAST) for kl in measure([*probed, list(predicted)])]

@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from eckart.errors import DataError
 from eckart.factorizers.base import Factorizer, GroupDecomposition
 from eckart.model.discovery import Layout
-from eckart.model.factorise import factorized_layers
+from eckart.model.factorise import factorized_layers, packed_layers
 from eckart.model.operators import operator
 from eckart.model.residence import residence_of
 from eckart.model.walk import walk
+from eckart.planning.few_bits import FewBits, Packing
 from eckart.progress import Progress, silent
 from eckart.statistics.sums import GroupStatistics, Statistics
 from eckart.statistics.sweep import sweep
 from eckart.support.memory import give_back
-from eckart.types import Entry, Group, Spectrum
+from eckart.types import Entry, Form, Group, Spectrum
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ class Decomposed(Mapping[str, GroupDecomposition]):
         self.model, self.groups = model, [group for group in groups if group.name in decompositions]
         self._decompositions = {group.name: decompositions[group.name] for group in self.groups}
         self.left = left
+        self.few_bits: dict[str, FewBits] = {}
+        self.forms: dict[str, tuple[Form, ...]] = {}
 
     def __getitem__(self, name: str) -> GroupDecomposition:
         return self._decompositions[name]
@@ -54,7 +57,8 @@ class Decomposed(Mapping[str, GroupDecomposition]):
 
     @property
     def spectra(self) -> list[Spectrum]:
-        return [decomposition.spectrum for decomposition in self._decompositions.values()]
+        spectra = [decomposition.spectrum for decomposition in self._decompositions.values()]
+        return [replace(s, forms=self.forms[s.group.name]) if s.group.name in self.forms else s for s in spectra]
 
     @property
     def predicts(self) -> bool:
@@ -79,13 +83,17 @@ class Decomposed(Mapping[str, GroupDecomposition]):
 
         Pairs, or pairs with preserved columns, whatever the entry's storage (`eckart.model.factorise.store_`).
         """
-        if entry.rank is None:
+        if entry.is_dense:
             return {}
+        if entry.bits is not None:
+            return packed_layers(self.model, group, *self.few_bits[group.name].packed(entry))
+        assert entry.rank is not None
         return factorized_layers(self.model, group, self[group.name].truncate(entry.rank, entry.kept))
 
     def drop(self, name: str) -> None:
         """Forget a decomposition, once its factors are in the model for good."""
         del self._decompositions[name]
+        self.few_bits.pop(name, None)
 
 
 def decompose(
@@ -96,9 +104,10 @@ def decompose(
     windows: Tensor | None,
     *,
     spill: Path | None = None,
+    packing: Packing | None = None,
     progress: Progress = silent,
 ) -> Decomposed:
-    """Decompose every group once.
+    """Decompose every group once; with `packing` also find out what it would lose in few bits.
 
     `windows` is `[windows, length]` token ids, or None for a factorizer without needs. A group is
     decomposed as soon as the sweep has passed all its members, and statistics that no other group
@@ -106,8 +115,8 @@ def decompose(
     decompositions are moved there as they are made. A group with a member that no token reached, or no gradient where
     the factorizer asks for it, has no decomposition; raises `DataError` when that goes for all.
     """
-    waiting = _Waiting(factorizer, list(groups), spill)
-    for statistics in _sweep(model, layout, groups, factorizer, windows, progress):
+    waiting = _Waiting(factorizer, list(groups), spill, packing)
+    for statistics in _sweep(model, layout, groups, factorizer, windows, packing is not None, progress):
         waiting.take(statistics, {name: operator(model, name).weight for name in statistics})
         del statistics  # or the Grams of a block would stay while the next one collects its own
         give_back()
@@ -121,7 +130,9 @@ def decompose(
     notes = Counter(decomposition.note for decomposition in decompositions.values() if decomposition.note)
     for note, count in notes.items():
         log.warning("%s (%d of %d groups)", note, count, len(decompositions))
-    return Decomposed(model, groups, decompositions, waiting.left)
+    decomposed = Decomposed(model, groups, decompositions, waiting.left)
+    decomposed.few_bits, decomposed.forms = waiting.few_bits, waiting.forms
+    return decomposed
 
 
 @dataclass
@@ -131,6 +142,9 @@ class _Waiting:
     factorizer: Factorizer
     groups: list[Group]
     spill: Path | None
+    packing: Packing | None = None
+    few_bits: dict[str, FewBits] = field(default_factory=dict)
+    forms: dict[str, tuple[Form, ...]] = field(default_factory=dict)
     decompositions: dict[str, GroupDecomposition] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     statistics: dict[str, Statistics] = field(default_factory=dict)
@@ -156,6 +170,13 @@ class _Waiting:
         members = GroupStatistics(collected)
         decomposition = self.factorizer.decompose(group, [self.weights[name] for name in group.names], members)
         decomposition.drift = members.drift
+        if self.packing is not None:
+            weight = self.weights[group.name]
+            left, right = self.factorizer.sides(members, decomposition.details)
+            few_bits = self.few_bits[group.name] = FewBits.of(decomposition, weight, left, right)
+            self.forms[group.name] = few_bits.forms(self.packing)
+            if self.spill is not None:
+                few_bits.spill(self.spill)
         decomposition.close()
         if self.spill is not None:
             decomposition.spill(self.spill)
@@ -168,6 +189,7 @@ def _sweep(
     groups: Sequence[Group],
     factorizer: Factorizer,
     windows: Tensor | None,
+    whole: bool,
     progress: Progress,
 ) -> Iterator[Mapping[str, Statistics]]:
     """Statistics of one block after another, with its weights at hand; empty ones for a factorizer without needs."""
@@ -175,8 +197,10 @@ def _sweep(
         return
     if factorizer.needs:
         assert windows is not None
-        sharing = {name for group in groups if len(group.targets) > 1 for name in group.names}
-        yield from sweep(model, layout, windows, factorizer.needs, whole_gram=sharing, progress=progress)
+        sharing = {name for group in groups if whole or len(group.targets) > 1 for name in group.names}
+        yield from sweep(
+            model, layout, windows, factorizer.needs, whole_gram=sharing, whole_gradients=whole, progress=progress
+        )
         return
     for at in walk(residence_of(model, layout), stage="decompose", progress=progress):
         yield {target.name: Statistics() for target in layout.in_block(at.index)}

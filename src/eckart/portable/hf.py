@@ -146,9 +146,11 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
         # accelerate reads the weights of an offloaded layer by that layer's name. A shared basis is in no file
         # under its user's name, and transformers adds the name only where its owner is offloaded as well.
         for name, spec in self.quantization_config.modules.items():
+            if "basis_of" not in spec:
+                continue
             hook = getattr(model.get_submodule(f"{name}.basis"), "_hf_hook", None)
             stored = getattr(getattr(hook, "weights_map", None), "dataset", None)
-            if "basis_of" in spec and stored is not None and f"{name}.basis.weight" not in [*stored]:
+            if stored is not None and f"{name}.basis.weight" not in [*stored]:
                 owner = model.get_submodule(spec["basis_of"])
                 stored.state_dict[f"{name}.basis.weight"] = owner.basis.weight
                 stored.all_keys.append(f"{name}.basis.weight")
@@ -234,6 +236,8 @@ def specs_of(model: nn.Module) -> Specs:
     for name, module in model.named_modules():
         if is_factorized(module):
             specs[name] = module.spec()
+            if not find(specs[name]["storage"]).shares_basis:
+                continue
             owner = owners.setdefault(id(module.basis.weight), name)
             if owner != name:
                 specs[name]["basis_of"] = owner
@@ -283,7 +287,8 @@ def densify_(model: Any) -> None:
         weight_view(dense).copy_(weight)
         if old.bias is not None:
             dense.bias.copy_(old.bias)
-        swap_(model, name, dense.requires_grad_(next(old.parameters()).requires_grad).train(old.training))
+        trained = next((p.requires_grad for p in old.parameters()), False)
+        swap_(model, name, dense.requires_grad_(trained).train(old.training))
         model.all_tied_weights_keys.pop(f"{name}.basis.weight", None)
 
 

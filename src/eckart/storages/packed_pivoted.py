@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ._packed_matrix import PackedMatrix, checked_bits, matrix_bytes, nearest_tensors
 from .base import FactorizedLayer, Pair, Size, Storage, check_permutation, checked_rank
 from .packed_pair import FACTORS
+from .pivoted import PivotedStorage
 
 INDEX_BYTES = 4  # of one entry of an index, int32
 
@@ -93,8 +94,6 @@ class PackedPivotedStorage(Storage):
         check_permutation("index", layer.index)
 
     def of_pair(self, pair: Pair, bits: int = 8, group: int = 64) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        from .pivoted import PivotedStorage
-
         _, tensors = PivotedStorage().of_pair(Pair(pair.basis, pair.coefficients), "rows")
         factors = {name: tensors[f"{name}.weight"] for name in ("basis", "coefficients")}
         packed = {f"{f}.{name}": t for f, w in factors.items() for name, t in nearest_tensors(w, bits, group).items()}
