@@ -164,6 +164,12 @@ def make_ledger(groups: Iterable[Group], entries: Iterable[Entry], model_paramet
     return Ledger(dense, kept, model_parameters, whole, model_parameters * bytes_each, rest + stored, bits)
 
 
+def assert_within_bytes(stored: int, most: int) -> None:
+    """Raise `BudgetError` when what a plan stores of the targets takes more than it may, which allocators promise."""
+    if stored > most:
+        raise BudgetError(f"the plan takes {stored} bytes for the targets, but may take {most}.")
+
+
 def assert_within(ledger: Ledger, keep: float) -> None:
     """Raise `BudgetError` when a plan keeps more than the share `keep`, which every allocator promises not to."""
     allowed = floor(share(keep) * ledger.target_parameters_dense)

@@ -138,6 +138,18 @@ class Form:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """What a plan with few bits may use: storages that pack, bits of a number, and inputs that share a scale.
+
+    Without `widths` it is the plan that says what is used.
+    """
+
+    storages: tuple[str, ...] = ()
+    widths: tuple[int, ...] = ()
+    group: int = 64
+
+
+@dataclass(frozen=True)
 class Spectrum:
     """What an allocator sees of a group: its singular values in the metric of its factorizer.
 
@@ -226,7 +238,8 @@ class Budget:
     `rank_multiple` is the step of ranks that the hardware likes; 1 means any rank. `storage` is how factors are
     stored where a group can have it (`eckart.ledger.admitted`), and so what a rank costs.
 
-    With `bytes`, the most that the targets may take, groups may have any of their `Spectrum.forms`, and `keep` is 1.
+    With `bytes`, the most that the targets may take, groups may have any of their `Spectrum.forms`, and `keep` is 1;
+    `itemsize` is what a number takes that is not packed.
     """
 
     keep: float
@@ -234,3 +247,4 @@ class Budget:
     storage: str = "pair"
     of: str = field(default="targets", init=False)
     bytes: int | None = None
+    itemsize: int = 4

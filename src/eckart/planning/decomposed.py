@@ -17,12 +17,12 @@ from eckart.model.factorise import factorized_layers, packed_layers
 from eckart.model.operators import operator
 from eckart.model.residence import residence_of
 from eckart.model.walk import walk
-from eckart.planning.few_bits import FewBits, Packing
+from eckart.planning.few_bits import FewBits
 from eckart.progress import Progress, silent
 from eckart.statistics.sums import GroupStatistics, Statistics
 from eckart.statistics.sweep import sweep
 from eckart.support.memory import give_back
-from eckart.types import Entry, Form, Group, Spectrum
+from eckart.types import Entry, Form, Group, Packing, Spectrum
 
 log = logging.getLogger(__name__)
 

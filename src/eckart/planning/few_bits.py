@@ -22,21 +22,12 @@ from eckart.maths.rounding_factors import RoundedPair, RoundedSum, rounded_pair,
 from eckart.maths.rounding_loss import expected_loss, expected_of_ranges
 from eckart.storages._packed_matrix import packed_tensors
 from eckart.storages.packed_sum import CORRECTION_BITS
-from eckart.types import Entry, Form, Group
+from eckart.types import Entry, Form, Group, Packing
 
 MEASURED = (2, 3, 4)  # bits that are tried; with more nothing is cut off at the ends, and theory says the loss
 PAIR_WIDTHS = (3, 4, 5, 6, 8)
 PAIR_STEP = 16  # of the ranks that pairs are priced at
 SUM_RANKS = (4, 8, 16, 32, 64)
-
-
-@dataclass(frozen=True)
-class Packing:
-    """What a recipe may use: the storages of its forms, bits of a number, and inputs that share a scale."""
-
-    storages: tuple[str, ...]
-    widths: tuple[int, ...]
-    group: int
 
 
 @dataclass
@@ -76,6 +67,8 @@ class FewBits:
 
     def forms(self, packing: Packing) -> tuple[Form, ...]:
         """Every way that the recipe allows, with its predicted squared error."""
+        if not packing.widths:  # a plan is there already
+            return ()
         h, g = self.grams
         right, left = (None if gram is None else Triangle.of(gram) for gram in (h, g))
         weight = self.weight.double()

@@ -155,8 +155,11 @@ def _try(plan_for: Callable[[float], Plan], keep: float) -> Plan | None:
         return None
 
 
-def header_bytes(tensors: Iterable[str], targets: Iterable[Target]) -> int:
-    """At least what safetensors files hold besides the tensors: one entry of JSON for each name, factors included."""
+def header_bytes(tensors: Iterable[str], targets: Iterable[Target], each: int = 3) -> int:
+    """At least what safetensors files hold besides the tensors: one entry of JSON for each name.
+
+    `each` target has as many tensors in place of its weight: factors, an index; nine where numbers are packed.
+    """
     entry = 120  # dtype, shape and offsets of a tensor, with room to spare
-    factors = sum(3 * (len(target.name) + len(".coefficients.weight") + entry) for target in targets)
+    factors = sum(each * (len(target.name) + len(".coefficients.weight") + entry) for target in targets)
     return 1000 + factors + sum(len(name) + entry for name in tensors)
