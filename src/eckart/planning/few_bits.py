@@ -24,7 +24,7 @@ from eckart.storages._packed_matrix import packed_tensors
 from eckart.storages.packed_sum import CORRECTION_BITS
 from eckart.types import Entry, Form, Group, Packing
 
-MEASURED = (2, 3, 4)  # bits that are tried; with more nothing is cut off at the ends, and theory says the loss
+MEASURED = (2, 3, 4)  # bits that are tried; with more little is cut off at the ends, and theory says the loss
 PAIR_WIDTHS = (3, 4, 5, 6, 8)
 PAIR_STEP = 16  # of the ranks that pairs are priced at
 SUM_RANKS = (4, 8, 16, 32, 64)
@@ -73,16 +73,18 @@ class FewBits:
         right, left = (None if gram is None else Triangle.of(gram) for gram in (h, g))
         weight = self.weight.double()
         plain = float(_of_ranges(weight, packing.group, right, left).sum())
-        found, against_plain = [], {}
-        for bits in packing.widths:
+        found, against_plain, cut_off = [], {}, 1.0
+        for bits in sorted(packing.widths):
+            grid = fit_grid(weight, bits, packing.group, None if right is None else right.costs)
+            told = expected_loss(grid, weight.shape[1], right, left)
             if bits in MEASURED:
                 left_over = rounded(weight, bits, packing.group, h, g).weight - weight
                 error = loss_of(left_over, h, g)
                 if "packed_sum" in packing.storages:
                     found += self._sums(tails_of(left_over, h, g), bits, packing.group)
+                cut_off = error / told if bits == 4 and told > 0 else 1.0
             else:
-                grid = fit_grid(weight, bits, packing.group, None if right is None else right.costs)
-                error = expected_loss(grid, weight.shape[1], right, left)
+                error = told * cut_off ** 0.5 ** (bits - 4)  # what the ends cost, in logarithms, halves with every bit
             against_plain[bits] = error / max(plain / (2**bits - 1) ** 2, 1e-300)
             if "packed" in packing.storages:
                 found.append(self._form("packed", None, bits, packing.group, error))

@@ -4,6 +4,8 @@ Along a row, number i takes the bits from `i * bits` on of a stream that fills w
 are `bits` words, and no bit is lost but in the last word. Travels with checkpoints: torch alone.
 """
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -30,9 +32,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """The numbers of `pack`, `[rows, count]`, uint8."""
-    if packed.is_cuda or bits not in (2, 4, 8):
+    if bits not in (2, 4, 8) or sys.byteorder == "big":  # the bytes of a word, lowest first, hold whole numbers
         return _unpack_words(packed, bits, count)
-    numbers = packed.contiguous().view(torch.uint8)
+    numbers = packed.reshape(-1).view(torch.uint8).view(len(packed), -1)
     if bits < 8:
         mask = 2**bits - 1
         parts = [(numbers >> shift) & mask for shift in range(0, 8, bits)]
