@@ -109,6 +109,15 @@ def fit_grid(weight: Tensor, bits: int, group: int = GROUP, importance: Tensor |
     A smaller range has finer steps and cuts off the ends. Each group takes the one of `SHRINKS` that makes the error
     of rounding to nearest, squared and weighed by `importance` `[columns]`, smallest.
     """
+    return fit(weight, bits, group, importance)[0]
+
+
+def fit(weight: Tensor, bits: int, group: int = GROUP, importance: Tensor | None = None) -> tuple[Grid, Tensor]:
+    """The same, and the errors that it makes smallest, `[rows, groups]`.
+
+    With `D_H` for importance, `D_G` times these errors says what greedy rounding is going to lose without doing it: each
+    `Z[r, j]` is a rounding error like any other, as far as what has to be made up for stays within the grid.
+    """
     grouped = _grouped(weight.double(), group)
     weights = torch.ones(weight.shape[1]).to(grouped) if importance is None else importance.double()
     weights = _grouped(weights[None], group)
@@ -124,7 +133,7 @@ def fit_grid(weight: Tensor, bits: int, group: int = GROUP, importance: Tensor |
         better = error < best
         best = torch.where(better, error, best)
         scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
-    return Grid(scales, zeros, bits, group)
+    return Grid(scales, zeros, bits, group), best
 
 
 def rounded(

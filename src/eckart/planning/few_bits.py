@@ -17,15 +17,14 @@ from eckart import ledger, storages
 from eckart.errors import PlanError
 from eckart.factorizers.base import GroupDecomposition
 from eckart.linalg import Side
-from eckart.maths.rounding import Rounded, Triangle, fit_grid, loss_of, rounded
+from eckart.maths.rounding import Rounded, Triangle, fit, loss_of, rounded
 from eckart.maths.rounding_factors import RoundedPair, RoundedSum, rounded_pair, rounded_pivoted, rounded_sum, tails_of
-from eckart.maths.rounding_loss import expected_loss, expected_of_ranges
 from eckart.storages._packed_matrix import packed_tensors
 from eckart.storages.packed_sum import CORRECTION_BITS
 from eckart.types import Entry, Form, Group, Packing
 
-MEASURED = (2, 3, 4)  # bits that are tried; with more little is cut off at the ends, and theory says the loss
-PAIR_WIDTHS = (3, 4, 5, 6, 8)
+MEASURED = (2, 3, 4)  # bits that are tried; with more little of what is made up for runs off the ends of a grid
+PAIR_WIDTHS = (3, 4, 6, 8)
 PAIR_STEP = 16  # of the ranks that pairs are priced at
 SUM_RANKS = (4, 8, 16, 32, 64)
 
@@ -71,25 +70,22 @@ class FewBits:
             return ()
         h, g = self.grams
         right, left = (None if gram is None else Triangle.of(gram) for gram in (h, g))
-        weight = self.weight.double()
-        plain = float(_of_ranges(weight, packing.group, right, left).sum())
-        found, against_plain, cut_off = [], {}, 1.0
+        weight, group, found = self.weight.double(), packing.group, []
+        beyond: dict[int, float] = {}  # by bits: what is lost, over what would be if nothing ran off the ends
         for bits in sorted(packing.widths):
-            grid = fit_grid(weight, bits, packing.group, None if right is None else right.costs)
-            told = expected_loss(grid, weight.shape[1], right, left)
+            told = _told(weight, bits, group, None if right is None else right.costs, left)
+            error = told * beyond.get(4, 1.0) ** 0.5 ** (bits - 4)  # in logarithms the ends cost half for each bit
             if bits in MEASURED:
-                left_over = rounded(weight, bits, packing.group, h, g).weight - weight
+                left_over = rounded(weight, bits, group, h, g).weight - weight
                 error = loss_of(left_over, h, g)
                 if "packed_sum" in packing.storages:
-                    found += self._sums(tails_of(left_over, h, g), bits, packing.group)
-                cut_off = error / told if bits == 4 and told > 0 else 1.0
-            else:
-                error = told * cut_off ** 0.5 ** (bits - 4)  # what the ends cost, in logarithms, halves with every bit
-            against_plain[bits] = error / max(plain / (2**bits - 1) ** 2, 1e-300)
+                    found += self._sums(tails_of(left_over, h, g), bits, group)
+            beyond[bits] = error / max(told, 1e-300)
             if "packed" in packing.storages:
-                found.append(self._form("packed", None, bits, packing.group, error))
+                found.append(self._form("packed", None, bits, group, error))
         if "packed_pair" in packing.storages:
-            found += self._pairs(right, left, against_plain, packing)
+            found += [form for bits in packing.widths if bits in PAIR_WIDTHS
+                      for form in self._pairs(right, left, bits, group)]
         return tuple(found)
 
     def _form(self, storage: str, rank: int | None, bits: int, group: int, error: float) -> Form:
@@ -101,26 +97,23 @@ class FewBits:
         ranks = [rank for rank in SUM_RANKS if rank < self.group.full_rank // 2]
         return [self._form("packed_sum", rank, bits, group, float(tails[rank])) for rank in ranks]
 
-    def _pairs(
-        self, right: Triangle | None, left: Triangle | None, against_plain: Mapping[int, float], packing: Packing
-    ) -> list[Form]:
-        """What a cut loses, and its two factors by the ranges of their groups.
+    def _pairs(self, right: Triangle | None, left: Triangle | None, bits: int, group: int) -> list[Form]:
+        """What a cut loses, and what rounding its two factors does.
 
         In the gauge of `rounded_pair` row i of the basis and column i of the coefficients are the same at every rank.
-        Coefficients that are fitted anew make up for the part of the basis's error that lies among its own rows.
         """
         basis, coefficients = self.decomposition.decomposition.directions
-        tails, inputs = self.decomposition.spectrum.tails, basis.shape[1]
-        of_basis = _of_ranges(basis, packing.group, right, None).cumsum(0)
-        weights = self.decomposition.spectrum.values.to(basis).square()
-        costs = None if left is None else left.costs
-        forms = []
-        for rank in range(PAIR_STEP, self.group.full_rank, PAIR_STEP):
-            by_range = expected_of_ranges(coefficients[:, :rank], packing.group, weights[:rank], costs).sum()
-            plain = float(of_basis[rank - 1] * (1 - rank / inputs) + by_range)
-            for bits in (b for b in packing.widths if b in PAIR_WIDTHS):
-                error = float(tails[rank]) + against_plain[bits] * plain / (2**bits - 1) ** 2
-                forms.append(self._form("packed_pair", rank, bits, packing.group, error))
+        spectrum, full = self.decomposition.spectrum, self.group.full_rank
+        squares = spectrum.values.to(basis).square()
+        of_basis = _told_of_bases(basis, squares, bits, group, right)
+        forms, whole = [], [0.0]  # what coefficients lose in the groups that are full
+        for rank in range(PAIR_STEP, full, PAIR_STEP):
+            start = (rank - 1) // group * group
+            here = _told(coefficients[:, start:rank], bits, group, squares[start:rank], left)
+            of_coefficients = whole[start // group] + here
+            whole += [of_coefficients] if rank % group == 0 else []
+            error = float(spectrum.tails[rank]) + float(of_basis[rank - 1]) + of_coefficients
+            forms.append(self._form("packed_pair", rank, bits, group, error))
         return forms
 
     def packed(self, entry: Entry) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -165,10 +158,28 @@ def tensors_of(made: Rounded | RoundedPair | RoundedSum) -> dict[str, Tensor]:
     return tensors if made.index is None else {**tensors, "index": made.index}
 
 
-def _of_ranges(weight: Tensor, group: int, right: Triangle | None, left: Triangle | None) -> Tensor:
-    return expected_of_ranges(
-        weight, group, None if right is None else right.costs, None if left is None else left.costs
-    )
+def _told(weight: Tensor, bits: int, group: int, input_costs: Tensor | None, left: Triangle | None) -> float:
+    """What rounding a matrix is going to lose, as far as nothing runs off the ends of the grid (`fit`)."""
+    errors = fit(weight, bits, group, input_costs)[1].sum(1)
+    return float(errors.sum() if left is None else left.costs @ errors)
+
+
+def _told_of_bases(basis: Tensor, squares: Tensor, bits: int, group: int, right: Triangle | None) -> Tensor:
+    """What rounding the first r rows of a basis `[full, in]` is going to lose, for every r, `[full]`.
+
+    `squares` are the diagonal of `B H B^T`. Coefficients that are fitted anew make up for the part of the error that
+    lies among the rows themselves: with `P = B L_H D_H^(1/2)`, its rows made unit long, an error in column j of
+    `Z` keeps the share `1 - sum_i P[i, j]^2`.
+    """
+    if right is None:
+        costs, unit = basis.new_ones(basis.shape[1]), basis
+    else:
+        unit = basis[:, right.order] @ right.lower * right.diagonal.sqrt()
+        costs, unit = right.costs, unit[:, right.order.argsort()]
+    kept = (1 - (unit.square() / squares.clamp(min=1e-300)[:, None]).cumsum(0)).clamp(min=0) * costs
+    sums = [torch.nn.functional.pad(t, (0, -t.shape[-1] % group)).unflatten(-1, (-1, group)).sum(-1) for t in (kept, costs)]
+    errors = fit(basis, bits, group, costs)[1] / sums[1].clamp(min=1e-300)
+    return (errors.cumsum(0) * sums[0]).sum(1)
 
 
 def _gram(side: Side) -> Tensor | None:
