@@ -46,7 +46,7 @@ def logits(model):
 
 
 def everything(folder):
-    """A plan with each form, by hand: every storage that packs, some widths, a cut in full precision, one dense layer."""
+    """A plan with each form, by hand: every storage that packs, some widths, a cut as ever, one dense layer."""
     names = [t.name for t in eckart.inspect(folder).targets]
     kinds = [
         {"rank": None, "storage": "packed", "bits": 3, "group": 32},
@@ -67,7 +67,9 @@ def mixed(folder, calibration, tmp_path_factory):
     return eckart.compress(folder, plan=everything(folder), calibration=calibration, options=QUIET, out=out), out
 
 
-@pytest.mark.parametrize(("recipe", "asked", "bits"), [("rtn", {"bits": 4.5}, 4), ("gptq", {}, 4), ("gptq", {"bits": 3.6}, 3)])
+@pytest.mark.parametrize(
+    ("recipe", "asked", "bits"), [("rtn", {"bits": 4.5}, 4), ("gptq", {}, 4), ("gptq", {"bits": 3.6}, 3)]
+)
 def test_the_baselines_have_one_width(recipe, asked, bits, folder, calibration):
     made = eckart.plan(folder, recipe=recipe, calibration=calibration, **asked)
     assert {(e.storage, e.rank, e.bits, e.group) for e in made.entries} == {("packed", None, bits, 64)}
@@ -167,7 +169,12 @@ def test_memory_at_run_time_is_that_of_the_file(mixed):
 
 def test_half_precision_keeps_the_scales(folder, calibration, tmp_path):
     made = eckart.compress(
-        folder, plan=everything(folder), calibration=calibration, dtype="bfloat16", options=QUIET, out=tmp_path / "small"
+        folder,
+        plan=everything(folder),
+        calibration=calibration,
+        dtype="bfloat16",
+        options=QUIET,
+        out=tmp_path / "small",
     )
     loaded = eckart.load(tmp_path / "small")
     assert loaded.dtype == torch.bfloat16
@@ -182,7 +189,7 @@ def test_half_precision_keeps_the_scales(folder, calibration, tmp_path):
 
 
 def test_it_is_made_dense_again(mixed, tmp_path):
-    made, out = mixed
+    _, out = mixed
     loaded = eckart.load(out)
     expected = logits(loaded)
     dense = loaded.dequantize()
@@ -218,7 +225,11 @@ def test_transformers_reads_it_with_and_without_the_package(mixed, tmp_path, mon
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        ({"recipe": "svd-llm", "bits": 4.0}, OptionError, "recipe svd-llm has no form of few bits; take one of rtn, gptq"),
+        (
+            {"recipe": "svd-llm", "bits": 4.0},
+            OptionError,
+            "recipe svd-llm has no form of few bits; take one of rtn, gptq",
+        ),
         ({"recipe": "rtn", "keep": 0.8}, OptionError, "keep is 0.8, which is a share of numbers"),
         ({"bits": 4.0, "keep": 0.8}, OptionError, "keep and bits were both asked for"),
         ({"bits": 0.5}, OptionError, r"bits is 0.5, but must lie in \(1, 16\]"),
@@ -238,7 +249,10 @@ def test_what_cannot_be_is_refused(arguments, error, text, folder, calibration):
 @pytest.mark.parametrize(
     ("entry", "text"),
     [
-        ({"storage": "packed", "rank": "dense", "bits": 7, "group": 64}, "bits is 7, but storage 'packed' needs one of"),
+        (
+            {"storage": "packed", "rank": "dense", "bits": 7, "group": 64},
+            "bits is 7, but storage 'packed' needs one of",
+        ),
         ({"storage": "packed", "rank": "dense", "bits": 4}, "group is None, but storage 'packed' needs one of"),
         ({"storage": "pair", "rank": 3, "bits": 4, "group": 64}, "bits and group stand beside storage 'pair'"),
     ],

@@ -19,9 +19,7 @@ def correlated(size, seed):
 
 
 def case(out_features, in_features, seed):
-    weight = torch.randn(
-        out_features, in_features, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    weight = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return weight, correlated(in_features, seed + 1), correlated(out_features, seed + 2)
 
 
@@ -93,7 +91,7 @@ def test_an_order_is_the_same_problem_with_its_rows_and_columns_moved():
 
 
 def test_one_side_alone_is_the_other_turned_round():
-    weight, h, g = case(9, 9, 3)
+    weight, h, _ = case(9, 9, 3)
     grid = Grid(torch.full((9, 1), 0.5, dtype=torch.float64), torch.full((9, 1), 4.0, dtype=torch.float64), 3, 9)
     one = two_sided(weight, grid, plain(h), None)
     other = two_sided(weight.T, grid, None, plain(h))
@@ -116,7 +114,9 @@ def test_over_200_cases_it_is_never_worse_than_gptq_and_rounding_to_nearest():
             scales, zeros = grid.spread(weight.shape[1])
             return loss_of(scales * (codes - zeros) - weight, h, g)
 
-        both, one, none = (loss(two_sided(weight, grid, *sides)) for sides in ((right, left), (right, None), (None, None)))
+        both, one, none = (
+            loss(two_sided(weight, grid, *sides)) for sides in ((right, left), (right, None), (None, None))
+        )
         best = loss_of(rounded(weight, bits, 8, h, g, best=True).weight - weight, h, g)
         assert best <= min(one, none) * (1 + 1e-12)
         assert best <= both * (1 + 1e-12)
@@ -154,7 +154,7 @@ def test_a_grid_covers_its_group_and_holds_zero(bits):
     assert grid.scales.shape == grid.zeros.shape == (6, 3)
     assert torch.equal(grid.scales.bfloat16().double(), grid.scales)
     assert bool((grid.zeros == grid.zeros.round()).all())
-    assert 0 <= float(grid.zeros.min())
+    assert float(grid.zeros.min()) >= 0
     assert float(grid.zeros.max()) <= grid.most
     made = rounded(weight, bits, 8)
     assert bool((made.weight[2] == 0).all())

@@ -67,11 +67,13 @@ def test_a_correction_is_the_best_of_its_rank(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("maker", [rounded_pair, rounded_pivoted])
 def test_with_many_bits_the_factors_are_the_cut(shape, maker):
-    """At 8 bits a cut is nearly what it was; fitted to its rounded basis, it is better than two factors rounded alone."""
+    """At 8 bits a cut is nearly what it was; fitted to its rounded basis, it beats two factors rounded alone."""
     weight, h, g = case(shape, 5)
     basis, coefficients = best_pair(weight, 6, h, g)
     cut = loss_of(weight - coefficients @ basis, h, g)
-    losses = {bits: loss_of(weight - maker(weight, basis, coefficients, bits, 32, h, g).weight, h, g) for bits in (3, 4, 8)}
+    losses = {
+        bits: loss_of(weight - maker(weight, basis, coefficients, bits, 32, h, g).weight, h, g) for bits in (3, 4, 8)
+    }
     assert cut <= losses[8] <= 1.02 * cut
     assert losses[8] < losses[4] < losses[3]
     alone = rounded(coefficients, 3, 32).weight @ rounded(basis, 3, 32).weight
@@ -80,7 +82,7 @@ def test_with_many_bits_the_factors_are_the_cut(shape, maker):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_coefficients_fitted_to_a_basis_are_stationary(shape):
-    """By autograd: before they are rounded, no change of the coefficients lowers the loss. Pivot rows stay as they are."""
+    """By autograd: before they are rounded, no change of the coefficients lowers the loss."""
     from eckart.maths.rounding_factors import _fitted
 
     weight, h, g = case(shape, 6)
@@ -127,12 +129,15 @@ def test_what_rounding_loses_is_known_before(bits):
 @pytest.mark.parametrize("shape", [(96, 128), (128, 96)])
 def test_the_loss_of_each_form_is_predicted_within_a_tenth(shape):
     out_features, in_features = shape
-    weight = (normal(*shape, seed=1) @ normal(in_features, in_features, seed=2).mul(0.6 ** torch.arange(in_features).div(8))).float()
+    weight = (
+        normal(*shape, seed=1) @ normal(in_features, in_features, seed=2).mul(0.6 ** torch.arange(in_features).div(8))
+    ).float()
     tokens = 4 * in_features
     x, gradient = inputs(tokens, in_features, 3), inputs(tokens, out_features, 13)
     statistics = Statistics(
         tokens=tokens, input_gram=gram_of(x), input_energy=float(x.square().sum() / in_features),
-        gradient_gram=gram_of(gradient), gradient_energy=float(gradient.square().sum() / out_features), predictions=tokens,
+        gradient_gram=gram_of(gradient), gradient_energy=float(gradient.square().sum() / out_features),
+        predictions=tokens,
     )  # fmt: skip
     group = Group((Target("blocks.0.linear", 0, "linear", out_features, in_features, False),))
     members, factorizer = GroupStatistics((statistics,)), TwoSided()

@@ -41,7 +41,9 @@ def size_of_entry(group: Group, entry: Entry) -> Size:
 
 def entry_parameters(group: Group, entry: Entry) -> int:
     """Numbers that an entry stores, whatever bits they have. A basis shared by the group is counted once."""
-    return group.parameters if entry.is_dense else storage_of(group, entry.storage).parameters(size_of_entry(group, entry))
+    return (
+        group.parameters if entry.is_dense else storage_of(group, entry.storage).parameters(size_of_entry(group, entry))
+    )
 
 
 def entry_bytes(group: Group, entry: Entry, bytes_each: int) -> int:

@@ -43,8 +43,8 @@ class Recipe:
     `options` maps "factorizer", "allocator", "grouping" and the name of each refiner to its options. `storage` is how
     factors are stored in the end, where a group can have it; it prices ranks for every allocator.
 
-    `forms` are the storages of few bits that a plan may use once bits are asked for, `widths` the bits of a number: none,
-    and everything has 16 or 32. `bits` per weight are asked for where no goal is given; None: a share is.
+    `forms` are the storages of few bits that a plan may use once bits are asked for, `widths` the bits of a number;
+    without them everything has 16 or 32. `bits` per weight are asked for where no goal is given; None: a share is.
     """
 
     name: str

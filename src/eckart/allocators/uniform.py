@@ -39,6 +39,6 @@ class Uniform(Allocator):
                 return entries
         weights = sum(s.group.parameters for s in spectra)
         raise BudgetError(
-            f"the budget is {max(most, 0) * 8 / weights:.3f} bits per weight, but the fewest that these widths reach are "
-            f"{least * 8 / weights:.3f}; ask for more."
+            f"the budget is {max(most, 0) * 8 / weights:.3f} bits per weight, but the fewest that these widths reach "
+            f"are {least * 8 / weights:.3f}; ask for more."
         )

@@ -87,8 +87,8 @@ class WaterLevel(Allocator):
         if chosen is None:
             weights, least = sum(s.group.parameters for s in spectra), sum(int(curve.costs[0]) for curve in curves)
             raise BudgetError(
-                f"the budget is {max(most, 0) * 8 / weights:.3f} bits per weight, but the fewest that these widths reach "
-                f"are {least * 8 / weights:.3f}; ask for more."
+                f"the budget is {max(most, 0) * 8 / weights:.3f} bits per weight, but the fewest that these widths "
+                f"reach are {least * 8 / weights:.3f}; ask for more."
             )
         return [entries[int(curve.label[i])] for entries, curve, i in zip(choices, curves, chosen, strict=True)]
 

@@ -50,9 +50,11 @@ def locate(model: str) -> str | Path:
 
 
 def refuse_packed(model: str | Path, what: str) -> None:
-    """Raise `ModelError` for a checkpoint with layers in few bits, which cannot be `what` yet; its head is read alone."""
+    """Raise `ModelError` for a checkpoint with layers in few bits, which cannot be `what` yet; reads its head alone."""
     config = Path(os.path.expanduser(model)) / pretrained.CONFIG
-    quantization = pretrained.read_json(config, ModelError).get("quantization_config") if os.path.isfile(config) else None
+    quantization = (
+        pretrained.read_json(config, ModelError).get("quantization_config") if os.path.isfile(config) else None
+    )
     modules = quantization.get("modules") if isinstance(quantization, Mapping) else None
     for name, spec in modules.items() if isinstance(modules, Mapping) else ():
         if isinstance(spec, Mapping) and "bits" in spec:

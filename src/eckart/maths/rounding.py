@@ -115,8 +115,8 @@ def fit_grid(weight: Tensor, bits: int, group: int = GROUP, importance: Tensor |
 def fit(weight: Tensor, bits: int, group: int = GROUP, importance: Tensor | None = None) -> tuple[Grid, Tensor]:
     """The same, and the errors that it makes smallest, `[rows, groups]`.
 
-    With `D_H` for importance, `D_G` times these errors says what greedy rounding is going to lose without doing it: each
-    `Z[r, j]` is a rounding error like any other, as far as what has to be made up for stays within the grid.
+    With `D_H` for importance, `D_G` times these errors says what greedy rounding is going to lose, without doing it:
+    each `Z[r, j]` is a rounding error like any other, as far as what has to be made up for stays within the grid.
     """
     grouped = _grouped(weight.double(), group)
     weights = torch.ones(weight.shape[1]).to(grouped) if importance is None else importance.double()
@@ -171,7 +171,9 @@ def two_sided(weight: Tensor, grid: Grid, right: Triangle | None, left: Triangle
     """Codes `[out, in]`, uint8, of the greedy rounding above; `right` is of H, `left` of G, None the identity."""
     if right is None and left is None:
         return to_nearest(weight, grid)
-    right, left = (side or _identity(size, weight) for side, size in zip((right, left), reversed(weight.shape), strict=True))
+    right, left = (
+        side or _identity(size, weight) for side, size in zip((right, left), reversed(weight.shape), strict=True)
+    )
     weight = weight.double()
     scales, zeros = grid.spread(weight.shape[1])
     ordered = [t[left.order][:, right.order] for t in (weight, scales, -zeros, grid.most - zeros)]
@@ -213,9 +215,7 @@ def _by_columns(weight: Tensor, scales: Tensor, least: Tensor, most: Tensor, low
     return steps.T
 
 
-def _by_tiles(
-    weight: Tensor, scales: Tensor, least: Tensor, most: Tensor, lower_h: Tensor, lower_g: Tensor
-) -> Tensor:
+def _by_tiles(weight: Tensor, scales: Tensor, least: Tensor, most: Tensor, lower_h: Tensor, lower_g: Tensor) -> Tensor:
     """Both sides; as `_by_columns` otherwise.
 
     Tiles on an anti-diagonal depend on tiles before it alone, so they are rounded side by side. Columns are turned
@@ -232,7 +232,9 @@ def _by_tiles(
     excess = errors.new_zeros(errors.shape[1], errors.shape[0])  # E L_H, transposed
     steps = torch.zeros_like(wanted)
     for diagonal in range(sum(shape) - 1):
-        places = [(shape[0] - 1 - diagonal + j, j) for j in range(shape[1]) if 0 <= shape[0] - 1 - diagonal + j < shape[0]]
+        places = [
+            (shape[0] - 1 - diagonal + j, j) for j in range(shape[1]) if 0 <= shape[0] - 1 - diagonal + j < shape[0]
+        ]
         i, j = (torch.tensor(t, device=weight.device) for t in zip(*places, strict=True))
         by_columns, by_rows = weight.new_empty(2, len(places), TILE, TILE)
         for number, (a, b) in enumerate(places):

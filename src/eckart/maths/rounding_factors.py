@@ -104,7 +104,7 @@ def rounded_sum(
     input_gram: Tensor | None = None,
     output_gram: Tensor | None = None,
 ) -> RoundedSum:
-    """A matrix in `bits` bits, and a pair of rank `rank` in `correction_bits` for what that left, best in the metric."""
+    """A matrix in `bits` bits, and a pair of rank `rank` in `correction_bits`, best for what that left in the metric."""
     matrix = rounded(weight, bits, group, input_gram, output_gram)
     error = weight.double() - matrix.weight
     basis, coefficients = best_pair(error, rank, input_gram, output_gram)
@@ -112,9 +112,7 @@ def rounded_sum(
     return RoundedSum(matrix, pair)
 
 
-def best_pair(
-    error: Tensor, rank: int, input_gram: Tensor | None, output_gram: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def best_pair(error: Tensor, rank: int, input_gram: Tensor | None, output_gram: Tensor | None) -> tuple[Tensor, Tensor]:
     """`(basis [rank, in], coefficients [out, rank])` of the cut of an error with the least `tr(G E H E^T)`."""
     whitened, left, right = _whitened(error, input_gram, output_gram)
     if len(whitened) > whitened.shape[1]:

@@ -84,8 +84,9 @@ class FewBits:
             if "packed" in packing.storages:
                 found.append(self._form("packed", None, bits, group, error))
         if "packed_pair" in packing.storages:
-            found += [form for bits in packing.widths if bits in PAIR_WIDTHS
-                      for form in self._pairs(right, left, bits, group)]
+            found += [
+                form for bits in packing.widths if bits in PAIR_WIDTHS for form in self._pairs(right, left, bits, group)
+            ]
         return tuple(found)
 
     def _form(self, storage: str, rank: int | None, bits: int, group: int, error: float) -> Form:
@@ -177,7 +178,9 @@ def _told_of_bases(basis: Tensor, squares: Tensor, bits: int, group: int, right:
         unit = basis[:, right.order] @ right.lower * right.diagonal.sqrt()
         costs, unit = right.costs, unit[:, right.order.argsort()]
     kept = (1 - (unit.square() / squares.clamp(min=1e-300)[:, None]).cumsum(0)).clamp(min=0) * costs
-    sums = [torch.nn.functional.pad(t, (0, -t.shape[-1] % group)).unflatten(-1, (-1, group)).sum(-1) for t in (kept, costs)]
+    sums = [
+        torch.nn.functional.pad(t, (0, -t.shape[-1] % group)).unflatten(-1, (-1, group)).sum(-1) for t in (kept, costs)
+    ]
     errors = fit(basis, bits, group, costs)[1] / sums[1].clamp(min=1e-300)
     return (errors.cumsum(0) * sums[0]).sum(1)
 

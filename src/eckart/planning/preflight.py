@@ -50,8 +50,8 @@ def _check_few_bits(recipe: Recipe, goal: Goal) -> None:
     """What cannot be done in few bits yet. Raises `OptionError`."""
     if goal.keep is not None:
         raise OptionError(
-            f"keep is {goal.keep:g}, which is a share of numbers, but a plan in few bits is asked for in bits per weight, "
-            "bytes or a loss; give bits, size or max_kl in its place."
+            f"keep is {goal.keep:g}, which is a share of numbers, but a plan in few bits is asked for in bits per "
+            "weight, bytes or a loss; give bits, size or max_kl in its place."
         )
     if recipe.refiners:
         raise OptionError(

@@ -108,7 +108,9 @@ class _Row(msgspec.Struct, forbid_unknown_fields=True):
             for name, found, possible in (("bits", self.bits, WIDTHS), ("group", self.group, GROUPS)):
                 if found not in possible:
                     allowed = ", ".join(map(str, possible))
-                    raise ValueError(f"{name} is {reading.shown(found)}, but storage {self.storage!r} needs one of {allowed}")
+                    raise ValueError(
+                        f"{name} is {reading.shown(found)}, but storage {self.storage!r} needs one of {allowed}"
+                    )
         elif self.bits is not None or self.group is not None:
             raise ValueError(f"bits and group stand beside storage {self.storage!r}, which has neither; leave them out")
 

@@ -42,7 +42,7 @@ def packed_tensors(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> d
 
 
 def nearest_tensors(weight: Tensor, bits: int, group: int) -> dict[str, Tensor]:
-    """What is stored of a matrix `[rows, columns]` rounded to nearest, on grids from its smallest to largest numbers."""
+    """What is stored of a matrix `[rows, columns]` rounded to nearest, on grids from its smallest to largest number."""
     rows, columns = weight.shape
     grouped = nn.functional.pad(weight.double(), (0, -columns % group)).view(rows, -1, group)
     least, most = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)

@@ -88,8 +88,6 @@ class PackedPairStorage(Storage):
     def part(self, layer: PackedPairLinear, outputs: slice, inputs: slice) -> FactorizedLayer:
         basis = layer.basis.part_of(slice(0, layer.rank), inputs)
         coefficients = layer.coefficients.part_of(outputs, slice(0, layer.rank))
-        part = PackedPairLinear(
-            basis.columns, coefficients.rows, layer.rank, layer.bits, layer.group, device="meta"
-        )
+        part = PackedPairLinear(basis.columns, coefficients.rows, layer.rank, layer.bits, layer.group, device="meta")
         part.basis, part.coefficients = basis, coefficients
         return part
