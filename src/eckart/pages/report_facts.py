@@ -94,6 +94,7 @@ def modules(
                 "full_rank": group.full_rank,
                 "storage": "dense" if entry.is_dense else entry.storage,
                 "kept": entry.kept or 0,
+                "bits": entry.bits,
                 "share": share,
                 "group": len(group.targets),
                 "energy_effective_rank": by_name.get(entry.name, entry.details).get("energy_effective_rank"),
