@@ -292,3 +292,13 @@ def test_exports_and_other_storages_are_refused(mixed, tmp_path):
 def test_a_recipe_without_bits_is_what_it_was():
     assert recipes.find("eckart").packing is None
     assert not {"forms", "widths", "group"} & recipes.find("eckart").to_dict().keys()
+
+
+def test_devices_that_would_share_a_layer_are_refused():
+    from eckart.portable.tensor_parallel import _refuse
+    from eckart.storages.packed import PackedLinear
+
+    layer = PackedLinear(64, 8, 4, 32)
+    layer.tensor_parallel_name = "model.layers.0.mlp.up_proj"
+    with pytest.raises(ValueError, match="up_proj: a layer of few bits cannot be split over devices yet"):
+        _refuse(layer, "colwise")

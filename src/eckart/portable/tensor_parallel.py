@@ -11,7 +11,7 @@ from torch import nn
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, replace_layer_number_by_wildcard
 from transformers.distributed.tensor_parallel import TensorParallelLayer
 
-from .linear import find, is_factorized
+from .linear import is_factorized
 
 PREFIX = "eckart_"
 
@@ -57,7 +57,7 @@ class _Around(TensorParallelLayer):  # type: ignore[misc]
 def _refuse(module: nn.Module, style: str) -> None:
     if not is_factorized(module):
         return
-    if find(module.spec()["storage"]).packs:
+    if "bits" in module.spec():
         raise ValueError(
             f"{module.tensor_parallel_name}: a layer of few bits cannot be split over devices yet; "
             "`eckart convert --storage dense` writes the model without them."
