@@ -11,6 +11,7 @@ Computed in float64.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class Grid:
     @property
     def most(self) -> int:
         """The largest code."""
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     def spread(self, columns: int) -> tuple[Tensor, Tensor]:
         """Scale and zero of every number, `[rows, columns]` each."""
@@ -176,13 +177,22 @@ def two_sided(weight: Tensor, grid: Grid, right: Triangle | None, left: Triangle
     )
     weight = weight.double()
     scales, zeros = grid.spread(weight.shape[1])
-    ordered = [t[left.order][:, right.order] for t in (weight, scales, -zeros, grid.most - zeros)]
+    problem = _Problem(*(t[left.order][:, right.order] for t in (weight, scales, -zeros, grid.most - zeros)))
     if bool((left.lower.tril(-1) == 0).all()):
-        values = _by_columns(*ordered, right.lower)
+        values = _by_columns(problem, right.lower)
     else:
-        values = _by_tiles(*ordered, right.lower, left.lower)
+        values = _by_tiles(problem, right.lower, left.lower)
     steps = values[left.order.argsort()][:, right.order.argsort()]
     return (steps + zeros).to(torch.uint8)
+
+
+class _Problem(NamedTuple):
+    """A matrix to round, in the order of its rounding, `[rows, columns]` each; steps stay in `[least, most]`."""
+
+    weight: Tensor
+    scales: Tensor
+    least: Tensor
+    most: Tensor
 
 
 def _identity(size: int, like: Tensor) -> Triangle:
@@ -197,13 +207,13 @@ def _grouped(matrix: Tensor, group: int) -> Tensor:
     return padded.view(rows, -1, group)
 
 
-def _by_columns(weight: Tensor, scales: Tensor, least: Tensor, most: Tensor, lower_h: Tensor) -> Tensor:
+def _by_columns(problem: "_Problem", lower_h: Tensor) -> Tensor:
     """GPTQ from the last column to the first, all rows at once; whole steps from the zero, `[rows, columns]`.
 
-    `least` and `most` are what the steps are kept within. What a block of columns makes up for comes in one product.
+    What a block of columns makes up for comes in one product.
     """
-    targets, errors, steps = weight.T.clone(), torch.zeros_like(weight.T), torch.empty_like(weight.T)
-    weight, scales, least, most = (t.T.contiguous() for t in (weight, scales, least, most))
+    weight, scales, least, most = (t.T.contiguous() for t in problem)
+    targets, errors, steps = weight.clone(), torch.zeros_like(weight), torch.empty_like(weight)
     columns = len(weight)
     for start in range((columns - 1) // TILE * TILE, -1, -TILE):
         stop = min(start + TILE, columns)
@@ -215,13 +225,14 @@ def _by_columns(weight: Tensor, scales: Tensor, least: Tensor, most: Tensor, low
     return steps.T
 
 
-def _by_tiles(weight: Tensor, scales: Tensor, least: Tensor, most: Tensor, lower_h: Tensor, lower_g: Tensor) -> Tensor:
+def _by_tiles(problem: "_Problem", lower_h: Tensor, lower_g: Tensor) -> Tensor:
     """Both sides; as `_by_columns` otherwise.
 
     Tiles on an anti-diagonal depend on tiles before it alone, so they are rounded side by side. Columns are turned
     round, so that they are taken from the first to the last, and rows from the last to the first: the numbers of a
     tile that do not depend on one another then lie on a diagonal.
     """
+    weight, scales, least, most = problem
     (out_features, in_features), shape = weight.shape, [-(-size // TILE) for size in weight.shape]
     pad = (0, shape[1] * TILE - in_features, 0, shape[0] * TILE - out_features)
     scales = _tiled(torch.nn.functional.pad(scales.flip(1), pad, value=1.0))

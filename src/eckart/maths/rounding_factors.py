@@ -104,7 +104,7 @@ def rounded_sum(
     input_gram: Tensor | None = None,
     output_gram: Tensor | None = None,
 ) -> RoundedSum:
-    """A matrix in `bits` bits, and a pair of rank `rank` in `correction_bits`, best in the metric for what that left."""
+    """A matrix in `bits` bits, and a pair of rank `rank` in `correction_bits` for what that left."""
     matrix = rounded(weight, bits, group, input_gram, output_gram)
     error = weight.double() - matrix.weight
     basis, coefficients = best_pair(error, rank, input_gram, output_gram)

@@ -178,11 +178,15 @@ def _told_of_bases(basis: Tensor, squares: Tensor, bits: int, group: int, right:
         unit = basis[:, right.order] @ right.lower * right.diagonal.sqrt()
         costs, unit = right.costs, unit[:, right.order.argsort()]
     kept = (1 - (unit.square() / squares.clamp(min=1e-300)[:, None]).cumsum(0)).clamp(min=0) * costs
-    sums = [
-        torch.nn.functional.pad(t, (0, -t.shape[-1] % group)).unflatten(-1, (-1, group)).sum(-1) for t in (kept, costs)
-    ]
-    errors = fit(basis, bits, group, costs)[1] / sums[1].clamp(min=1e-300)
-    return (errors.cumsum(0) * sums[0]).sum(1)
+    kept, all_costs = (_grouped(t, group) for t in (kept, costs[None]))
+    errors: Tensor = fit(basis, bits, group, costs)[1] / all_costs.clamp(min=1e-300)
+    return (errors.cumsum(0) * kept).sum(1)
+
+
+def _grouped(costs: Tensor, group: int) -> Tensor:
+    """Sums over groups of columns, `[rows, groups]`."""
+    padded = torch.nn.functional.pad(costs, (0, -costs.shape[1] % group))
+    return padded.view(len(costs), -1, group).sum(-1)
 
 
 def _gram(side: Side) -> Tensor | None:

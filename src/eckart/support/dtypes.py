@@ -36,7 +36,7 @@ def cast_(model: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
     for module in model.modules():
         if hasattr(module, "model_dtype"):  # of a matrix in few bits, which has no parameters
-            module.model_dtype = dtype
+            module.model_dtype = dtype  # type: ignore[assignment]
 
 
 def round_(model: nn.Module, dtype: torch.dtype) -> bool:
