@@ -127,7 +127,7 @@ def test_over_200_cases_it_is_never_worse_than_gptq_and_rounding_to_nearest():
 
 
 def test_brute_force_of_three_by_three_at_two_levels():
-    """Against the best of all 512: with rows and columns nearly alone greedy is nearly that; the gap grows with G and H."""
+    """Against the best of all 512: with rows and columns nearly alone greedy is nearly that; coupling opens a gap."""
     gaps = []
     for coupling in (0.1, 0.3, 1.0):
         ratios = []
