@@ -127,9 +127,8 @@ def test_over_200_cases_it_is_never_worse_than_gptq_and_rounding_to_nearest():
 
 
 def test_brute_force_of_three_by_three_at_two_levels():
-    """Against the best of all 512: with rows and columns nearly alone greedy is nearly that; coupling opens a gap."""
-    gaps = []
-    for coupling in (0.1, 0.3, 1.0):
+    """Against the best of all 512: in most cases it is greedy's; where all is to make up for all, in half of them."""
+    for coupling, right, most in ((0.1, 19, 1.02), (0.3, 18, 1.3), (1.0, 10, 4.5)):
         ratios = []
         for seed in range(20):
             weight, *grams = case(3, 3, seed)
@@ -143,10 +142,8 @@ def test_brute_force_of_three_by_three_at_two_levels():
             made = two_sided(weight, grid, Triangle.of(h), Triangle.of(g))
             ratios.append(loss_of(scales * (made - zeros) - weight, h, g) / least)
         assert min(ratios) >= 1 - 1e-9
-        gaps.append(sorted(ratios)[10])
-    assert gaps[0] < 1.01
-    assert gaps[1] < 1.15
-    assert gaps[2] < 6  # where everything is to make up for everything, with two levels to do it
+        assert sum(ratio < 1 + 1e-9 for ratio in ratios) >= right
+        assert max(ratios) < most
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
