@@ -133,9 +133,8 @@ def test_brute_force_of_three_by_three_at_two_levels():
         for seed in range(20):
             weight, *grams = case(3, 3, seed)
             h, g = ((1 - coupling) * gram.diagonal().diag() + coupling * gram for gram in grams)
-            grid = Grid(
-                torch.full((3, 1), 1.5, dtype=torch.float64), torch.full((3, 1), 0.5, dtype=torch.float64), 1, 3
-            )
+            zero = (weight.sum(1, keepdim=True) < 0).double()  # a row has 0 and 1.5, or -1.5 and 0
+            grid = Grid(torch.full((3, 1), 1.5, dtype=torch.float64), zero, 1, 3)
             scales, zeros = grid.spread(3)
             codes = (torch.tensor(bits, dtype=torch.float64).view(3, 3) for bits in itertools.product((0, 1), repeat=9))
             least = min(loss_of(scales * (code - zeros) - weight, h, g) for code in codes)
