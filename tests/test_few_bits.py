@@ -306,3 +306,25 @@ def test_devices_that_would_share_a_layer_are_refused():
     layer.tensor_parallel_name = "model.layers.0.mlp.up_proj"
     with pytest.raises(ValueError, match="up_proj: a layer of few bits cannot be split over devices yet"):
         _refuse(layer, "colwise")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, for PEFT's ways
+def test_an_adapter_trains_beside_packed_layers(mixed):
+    """QLoRA's pattern: the packed numbers stay, the adapter gets gradients."""
+    peft = pytest.importorskip("peft")
+    from eckart.engines import adapters
+
+    _, out = mixed
+    base = eckart.load(out)
+    before, kept = logits(base), {key: t.clone() for key, t in base.state_dict().items() if "weight_packed" in key}
+    config = adapters.lora(peft.LoraConfig(target_modules=["q_proj", "k_proj", "up_proj"], r=2))
+    model = peft.get_peft_model(base, config)
+    assert torch.equal(logits(model), before)  # B starts at zero
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    assert not torch.equal(logits(model), before)
+    after = {
+        key.replace(".base_layer", "").removeprefix("base_model.model."): t for key, t in model.state_dict().items()
+    }
+    assert all(torch.equal(after[key], t) for key, t in kept.items())
