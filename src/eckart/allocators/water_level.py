@@ -93,10 +93,11 @@ class WaterLevel(Allocator):
         return [entries[int(curve.label[i])] for entries, curve, i in zip(choices, curves, chosen, strict=True)]
 
     def _choices(self, spectrum: Spectrum, budget: Budget) -> list[Entry]:
-        """Every form of a group, cuts in the budget's storage, and the group as it is."""
+        """Every form of a group that the rank multiple allows, cuts in the budget's storage, and the group as it is."""
         group, step = spectrum.group, max(budget.rank_multiple, RANK_STEP)
         cuts = self._ranks(group, step, ledger.admitted(group, budget.storage))
-        entries = [form.of(group) for form in spectrum.forms] + [entry_at(group, rank, budget) for rank in cuts]
+        forms = [form for form in spectrum.forms if (form.rank or 0) % budget.rank_multiple == 0]
+        entries = [form.of(group) for form in forms] + [entry_at(group, rank, budget) for rank in cuts]
         return [*entries, Entry(group.names, None)] if self.dense else entries
 
     def _curve(self, spectrum: Spectrum, budget: Budget) -> Curve:

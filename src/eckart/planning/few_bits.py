@@ -118,10 +118,7 @@ class FewBits:
         return forms
 
     def packed(self, entry: Entry) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The entry of a configuration and the tensors, without bias, that store the group as an entry says.
-
-        Raises `PlanError` for a group that shares its basis, or a storage that does not pack.
-        """
+        """The entry of a configuration and the tensors, without bias, that store the group as an entry says."""
         key = (entry.storage, entry.rank, entry.bits, entry.group)
         if key not in self.made:
             made = self.round(entry)
@@ -142,8 +139,6 @@ class FewBits:
             return rounded_sum(self.weight, entry.rank, bits, CORRECTION_BITS, group, *self.grams)
         factors = self.decomposition.truncate(entry.rank)
         makers = {"packed_pair": rounded_pair, "packed_pivoted": rounded_pivoted}
-        if entry.storage not in makers:
-            raise PlanError(f"{self.group.name}: storage {entry.storage!r} has no bits; write one that packs.")
         coefficients = torch.cat(factors.coefficients)
         return makers[entry.storage](self.weight, factors.basis, coefficients, bits, group, *self.grams)
 
