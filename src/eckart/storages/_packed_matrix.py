@@ -88,15 +88,11 @@ class PackedMatrix(nn.Module):
         codes = unpack(self.weight_packed, self.bits, self.columns)
         zeros = unpack(self.weight_zero_point.T, self.bits, self.rows).T
         exact = torch.promote_types(dtype, torch.float32)
-        whole, groups = self.columns // self.group * self.group, self.columns // self.group
-        scales, zeros = self.weight_scale.to(exact), zeros.to(exact)
-        weight = torch.empty(self.rows, self.columns, dtype=exact, device=codes.device)
-        for here, of in ((slice(0, whole), slice(0, groups)), (slice(whole, None), slice(groups, None))):
-            if weight[:, here].numel():  # whole groups, then the shorter one at the end
-                part = codes[:, here].reshape(self.rows, zeros[:, of].shape[1], -1)
-                part = (part - zeros[:, of, None]) * scales[:, of, None]
-                weight[:, here] = part.reshape(self.rows, -1)
-        return weight.to(dtype)
+        if shorter := -self.columns % self.group:
+            codes = nn.functional.pad(codes, (0, shorter))
+        weight = codes.to(exact).view(self.rows, -1, self.group)
+        weight.sub_(zeros.to(exact)[..., None]).mul_(self.weight_scale.to(exact)[..., None])
+        return weight.view(self.rows, -1)[:, : self.columns].to(dtype)
 
     def product(self, x: Tensor) -> Tensor:
         """`[..., columns]` to `[..., rows]`, in the dtype of `x`."""

@@ -32,14 +32,28 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """The numbers of `pack`, `[rows, count]`, uint8."""
-    if bits not in (2, 4, 8) or sys.byteorder == "big":  # the bytes of a word, lowest first, hold whole numbers
+    if sys.byteorder == "big":  # the bytes of a word stand the other way round there
         return _unpack_words(packed, bits, count)
-    numbers = packed.reshape(-1).view(torch.uint8).view(len(packed), -1)
-    if bits < 8:
-        mask = 2**bits - 1
-        parts = [(numbers >> shift) & mask for shift in range(0, 8, bits)]
-        numbers = torch.stack(parts, -1).flatten(-2)
-    return numbers[:, :count]
+    octets = packed.reshape(-1).view(torch.uint8).view(len(packed), -1)
+    if bits == 8:
+        return octets[:, :count]
+    if bits in (2, 4):
+        parts = [(octets >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
+        return torch.stack(parts, -1).flatten(-2)[:, :count]
+    return _unpack_octets(octets, bits, count)
+
+
+def _unpack_octets(octets: Tensor, bits: int, count: int) -> Tensor:
+    """The same where numbers lie across bytes: 8 numbers are `bits` bytes, and 4 of them at most 28 bits."""
+    rows, half = len(octets), 4 * bits
+    grouped = torch.nn.functional.pad(octets, (0, -octets.shape[1] % bits)).view(rows, -1, bits)
+    eights = grouped[..., 0].to(torch.int64)
+    for place in range(1, bits):
+        eights |= grouped[..., place].to(torch.int64) << 8 * place
+    fours = (eights & (2**half - 1)).to(torch.int32), (eights >> half).to(torch.int32)
+    mask = 2**bits - 1
+    numbers = [((four >> shift) & mask).to(torch.uint8) for four in fours for shift in range(0, half, bits)]
+    return torch.stack(numbers, -1).view(rows, -1)[:, :count]
 
 
 def _unpack_words(packed: Tensor, bits: int, count: int) -> Tensor:
