@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from mixtures import MIXTURES
 
 import eckart
 from eckart import ledger, recipes
@@ -248,6 +249,50 @@ def test_transformers_reads_it_with_and_without_the_package(mixed, tmp_path, mon
 def test_what_cannot_be_is_refused(arguments, error, text, folder, calibration):
     with pytest.raises(error, match=text):
         eckart.plan(folder, calibration=calibration, **arguments)
+
+
+@pytest.mark.parametrize("recipe", ["rtn", "eckart"])
+def test_experts_are_refused_before_any_work(recipe, calibration):
+    model = MIXTURES["qwen3-moe"]()
+    with pytest.raises(PlanError, match=r"experts cannot have few bits yet .*leave them out with --exclude"):
+        eckart.plan(model, recipe=recipe, bits=4.0, calibration=calibration, tokenizer=tiny_tokenizer())
+
+
+def test_a_model_with_experts_has_few_bits_elsewhere(calibration):
+    """The tokens of a mixture are as any others to its attention; experts that are left out stay as they are."""
+    arguments = {"calibration": calibration, "tokenizer": tiny_tokenizer(), "options": QUIET, "bits": 5.0}
+    made = eckart.compress(MIXTURES["qwen3-moe"](), exclude=["*.experts.*"], **arguments)
+    assert made.ledger.bits <= 5
+    assert any(entry.bits is not None for entry in made.plan.entries)
+
+
+@pytest.mark.parametrize("storage", ["packed", "packed_pair"])
+def test_an_expert_in_a_plan_is_refused(storage, calibration):
+    model = MIXTURES["qwen3-moe"]()
+    name = next(target.name for target in eckart.inspect(model).targets if target.expert is not None)
+    rank = None if storage == "packed" else 4
+    plan = Plan((Entry((name,), rank, storage, bits=4, group=32),))
+    with pytest.raises(PlanError, match="is an expert, which are stored as stacks"):
+        eckart.compress(model, plan=plan, calibration=calibration, tokenizer=tiny_tokenizer())
+
+
+def test_experts_are_cut_beside_few_bits_by_a_plan(calibration, tmp_path):
+    """Low rank for the experts and few bits for attention, in one plan: the ledger and the files agree."""
+    model = MIXTURES["qwen3-moe"]()
+    targets = eckart.inspect(model).targets
+    experts = {}
+    for target in targets:
+        if target.expert is not None:
+            experts.setdefault((target.block, target.kind), []).append(target.name)
+    rows = [Entry(tuple(names), 6, "pivoted", own_bases=True) for names in experts.values()]
+    packed = [Entry((t.name,), None, "packed", bits=4, group=32) for t in targets if t.kind.endswith("q_proj")]
+    made = eckart.compress(
+        model, plan=Plan((*rows, *packed)), calibration=calibration, tokenizer=tiny_tokenizer(), out=tmp_path / "out"
+    )
+    again = eckart.load(tmp_path / "out")
+    assert torch.equal(logits(again), logits(made.model))
+    stored = sum(t.numel() * t.element_size() for t in again.state_dict().values())
+    assert stored == made.ledger.model_bytes_kept
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from eckart.maths.rounding import Rounded, Triangle, fit, loss_of, rounded
 from eckart.maths.rounding_factors import RoundedPair, RoundedSum, rounded_pair, rounded_pivoted, rounded_sum, tails_of
 from eckart.storages._packed_matrix import packed_tensors
 from eckart.storages.packed_sum import CORRECTION_BITS
-from eckart.types import Entry, Form, Group, Packing
+from eckart.types import Entry, Form, Group, Packing, Target
 
 MEASURED = (2, 3, 4)  # bits that are tried; with more little of what is made up for runs off the ends of a grid
 PAIR_WIDTHS = (3, 4, 6, 8)
@@ -186,6 +186,15 @@ def _grouped(costs: Tensor, group: int) -> Tensor:
 
 def _gram(side: Side) -> Tensor | None:
     return side.gram if side.diagonal is None else side.diagonal.diag()
+
+
+def check_no_experts(targets: Sequence[Target]) -> None:
+    """Raise `PlanError` for an expert, which cannot be packed yet."""
+    if experts := [target.name for target in targets if target.expert is not None]:
+        raise PlanError(
+            f"{experts[0]}: is an expert, and experts cannot have few bits yet ({len(experts)} such targets); "
+            "leave them out with --exclude, or ask for keep in place of bits."
+        )
 
 
 def check_single(groups: Sequence[Group]) -> None:

@@ -10,7 +10,7 @@ from eckart.errors import BudgetError, OptionError
 from eckart.factorizers.base import Factorizer
 from eckart.model.discovery import Layout
 from eckart.model.walk import predicts_tokens
-from eckart.planning.few_bits import check_single
+from eckart.planning.few_bits import check_no_experts, check_single
 from eckart.planning.goals import Goal, header_bytes
 from eckart.planning.loaded import Loaded, Outline, Text, fetch
 from eckart.plans import Plan, resolve
@@ -95,6 +95,8 @@ def check_outline(
         )
     if plan is None and not named and goal.keep != 1:
         _check_coverage(model, layout)
+    if plan is None and recipe.widths:
+        check_no_experts(layout.targets)
     if plan is not None:
         groups, entries = resolve(plan, layout.targets)
         packed = [group for group, entry in zip(groups, entries, strict=True) if entry.bits is not None]
