@@ -89,7 +89,7 @@ def test_gptq_is_rounded_with_the_input_gram_alone(folder, calibration):
     with torch.no_grad():
         dense(input_ids=ids, use_cache=False)
     x = seen[0].flatten(0, 1).double()
-    expected = rounded(dense.get_submodule(name).weight.detach(), 4, 64, damped(x.T @ x, 1e-6)).weight
+    expected = rounded(dense.get_submodule(name).weight.detach(), 4, 64, damped(x.T @ x, 0.01)).weight
     made = eckart.compress(folder, recipe="gptq", bits=4.5, calibration=calibration)
     found = made.model.get_submodule(name).weight.double()
     assert float((found - expected).abs().gt(1e-6).double().mean()) < 0.01  # but for ties, by the order of sums

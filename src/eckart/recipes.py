@@ -145,6 +145,7 @@ BUILT_IN = {
         Recipe(
             "gptq",
             "svd_llm",
+            options={"factorizer": {"damping": 0.01}},  # as GPTQ's own code has it
             forms=("packed",),
             widths=WIDTHS,
             bits=4.5,
