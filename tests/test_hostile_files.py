@@ -270,7 +270,7 @@ def plan_with(**row: Any) -> dict[str, Any]:
         (plan_with(rank=2.0), "rank is 2.0, but"),
         (plan_with(rank=10**400), "rank is 1000.*, but"),
         (plan_with(kept=True), "kept is True, but it must be a whole number or null"),
-        (plan_with(storage="zip"), "storage is 'zip', but this eckart knows columns, pair, pivoted"),
+        (plan_with(storage="zip"), "storage is 'zip', but this eckart knows columns, packed, packed_pair, "),
         (plan_with(details=3), "details is 3, but it must be an object"),
         (plan_with(ranq=3), r"entries\[0\]: unknown key 'ranq'"),
     ],

@@ -73,5 +73,5 @@ def test_unreachable_keep_names_the_reachable_range():
 
 
 def test_unknown_storage_is_refused():
-    with pytest.raises(PlanError, match=r"m0: storage 'zip' is unknown\. Known: columns, pair, pivoted"):
+    with pytest.raises(PlanError, match=r"m0: storage 'zip' is unknown\. Known: columns, packed, packed_pair, "):
         ledger.parameters(group(8, 8), 2, "zip")

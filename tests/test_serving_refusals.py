@@ -129,3 +129,11 @@ def test_what_cannot_be_served(
             [(key, torch.zeros(shape), shard) for key, shape, shard in tensors],
         )
     assert str(caught.value).isprintable()
+
+
+def test_few_bits_are_refused_before_anything_is_loaded(serving: Any) -> None:
+    modules = {f"{NAME}.q_proj": {"storage": "packed", "bits": 4, "group": 64}, f"{NAME}.k_proj": PAIR}
+    with pytest.raises(
+        ValueError, match=rf"^{NAME}\.q_proj: has few bits, which cannot be served by vLLM yet \(1 such"
+    ):
+        serving.EckartServing.from_config({"modules": modules})

@@ -34,7 +34,8 @@ def test_the_contract(name):
 
 
 def test_they_are_found_by_file_name():
-    assert storages.names() == ("columns", "pair", "pivoted")
+    packed = ("packed", "packed_pair", "packed_pivoted", "packed_sum")
+    assert storages.names() == ("columns", *packed[:3], "packed_sum", "pair", "pivoted")
     assert [storage.name for storage in storages.known()] == list(storages.names())
     for wrong in ("sparse", "base", None, ["pair"], 3):
         with pytest.raises(ValueError, match="this eckart does not know"):

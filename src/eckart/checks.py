@@ -7,7 +7,9 @@ Each check raises `AssertionError` with the property that failed. All in float64
 against oracles that do not use the method's own code.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -179,6 +181,9 @@ def _refined(refiner: Refiner) -> list[Tensor]:
 
 def check_storage(storage: Storage) -> None:
     """The layer is the matrix, in as many numbers as the ledger says; parts make the whole; gradients flow."""
+    if storage.packs:
+        check_packed(storage)
+        return
     for out_features, in_features in ((9, 14), (14, 9), (8, 8)):
         for rank in (1, 3, min(out_features, in_features)):
             for bias in (False, True):
@@ -186,6 +191,79 @@ def check_storage(storage: Storage) -> None:
                 if storage.refusal(size) is None:
                     _check_layer(storage, size, bias)
         _check_ranks(storage, out_features, in_features)
+
+
+def check_packed(storage: Storage) -> None:
+    """Of few bits: the layer is its own weight, near the matrix; bytes as told; it comes back bit for bit; parts."""
+    for out_features, in_features in ((9, 70), (70, 9), (33, 64), (40, 96)):
+        for bits in (2, 3, 4, 5, 6, 8):
+            size = Size(out_features, in_features, 3 * storage.low_rank, bits=bits, group=32)
+            assert storage.refusal(size) is None, "a size of few bits is refused"
+            _check_packed_layer(storage, size, bias=bits % 2 == 0)
+    for change in ({"bits": 0}, {"rank": 3 - size.rank}):
+        wrong = Size(40, 96, change.get("rank", size.rank), bits=change.get("bits", 4), group=32)
+        assert storage.refusal(wrong), "a size without bits, or with a rank that means nothing, is not refused"
+    good = {"storage": storage.name, "bits": 4, "group": 32, **({"rank": 3} if storage.low_rank else {})}
+    for key, wrong_value in (("bits", 7), ("bits", None), ("bits", True), ("group", 48), ("rank", 0), ("rank", "3")):
+        if key in good:
+            _refuses(storage, {**good, key: wrong_value})
+
+
+def _refuses(storage: Storage, spec: Mapping[str, object]) -> None:
+    try:
+        storage.empty(40, 96, spec, bias=False, dtype=torch.float64)
+    except ValueError:
+        return
+    raise AssertionError(f"an entry {dict(spec)} was not refused")
+
+
+def _check_packed_layer(storage: Storage, size: Size, bias: bool) -> None:
+    from safetensors.torch import load, save
+
+    pair, product = _pair(replace(size, rank=max(size.rank, 3)), bias)
+    spec, tensors = storage.of_pair(pair, bits=size.bits, group=size.group)  # type: ignore[call-arg]
+    sizes = size.out_features, size.in_features
+    layer = _filled(storage, sizes, spec, tensors, bias)
+    assert layer.spec() == spec, "a layer does not say how it was made"
+    assert {spec[key] for key in ("bits", "group")} == {size.bits, size.group}, "an entry does not say its bits"
+    tolerance = {2: 1.0, 3: 0.5, 4: 0.2, 5: 0.1, 6: 0.05, 8: 0.015}[size.bits]
+    assert _close(layer.weight, product, tolerance), "the layer's weight is far from the matrix"
+    x = torch.randn(2, 3, size.in_features, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = torch.nn.functional.linear(x, layer.weight, pair.bias)
+    assert _close(layer(x), expected, 1e-12), "the layer computes something else than its weight"
+    again = storage.to_pair(layer)
+    assert _close(again.coefficients @ again.basis, layer.weight, 1e-12), "to a pair it is another matrix"
+    stored = load(save({name: t.contiguous() for name, t in layer.state_dict().items()}))
+    other = _filled(storage, sizes, spec, stored, bias)
+    assert torch.equal(other(x), layer(x)), "saved and loaded, it computes something else"
+    weights = {name: t for name, t in stored.items() if name != "bias"}
+    assert set(weights) == set(storage.tensors), "the names of its tensors are not those it tells"
+    assert sum(t.nbytes for t in weights.values()) == storage.bytes(size, 8), "bytes are not those it tells"
+    assert not [n for n, _ in layer.named_parameters() if n != "bias"], "packed numbers are parameters"
+    narrow = copy.deepcopy(layer).to(torch.float32)
+    assert all(torch.equal(t, stored[n]) for n, t in narrow.state_dict().items() if n != "bias"), "a cast changes it"
+    assert narrow.weight.dtype == torch.float32, "after a cast its weight has another dtype"
+    (gradient,) = torch.autograd.grad(layer(free := x.clone().requires_grad_()).square().sum(), free)
+    assert _close(gradient, 2 * layer(x) @ layer.weight, 1e-9), "gradients of inputs are not its weight's"
+    if not bias:
+        _check_packed_parts(storage, layer, x)
+
+
+def _check_packed_parts(storage: Storage, layer: FactorizedLayer, x: Tensor) -> None:
+    outputs, inputs = layer.out_features, layer.in_features
+    whole, middle = layer(x), outputs // 2
+    halves = [slice(0, middle), slice(middle, outputs)]
+    side_by_side = torch.cat([storage.part(layer, half, slice(0, inputs))(x) for half in halves], -1)
+    assert _close(side_by_side, whole, 1e-12), "parts by outputs do not make the layer"
+    if inputs > 32:  # parts by inputs end where groups do
+        halves = [slice(0, 32), slice(32, inputs)]
+        added = torch.stack([storage.part(layer, slice(0, outputs), half)(x[..., half]) for half in halves]).sum(0)
+        assert _close(added, whole, 1e-12), "parts by inputs do not add up to the layer"
+        try:
+            storage.part(layer, slice(0, outputs), slice(0, 20))
+        except ValueError:
+            return
+        raise AssertionError("a part that cuts a group is not refused")
 
 
 def _check_layer(storage: Storage, size: Size, bias: bool) -> None:

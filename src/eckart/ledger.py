@@ -24,10 +24,34 @@ def storage_of(group: Group, storage: str) -> Storage:
         raise PlanError(f"{group.name}: storage {storage!r} is unknown. Known: {names}.") from None
 
 
-def size_of(group: Group, rank: int, kept: int | None = None) -> Size:
-    """The size of one matrix of a group at a rank; `kept` None, a number that is still open, counts as 0."""
+def size_of(
+    group: Group, rank: int, kept: int | None = None, bits: int | None = None, inputs: int | None = None
+) -> Size:
+    """The size of one matrix of a group at a rank; `kept` None, a number that is still open, counts as 0.
+
+    Rank 0 is a matrix that is packed as it is, in `bits` bits with a scale for `inputs` inputs.
+    """
     members = 1 if group.own_bases else len(group.targets)
-    return Size(group.out_features, group.in_features, rank, kept or 0, members)
+    return Size(group.out_features, group.in_features, rank, kept or 0, members, bits or 0, inputs or 0)
+
+
+def size_of_entry(group: Group, entry: Entry) -> Size:
+    """The size of one matrix of a group as an entry, which is not dense, stores it."""
+    return size_of(group, entry.rank or 0, entry.kept, entry.bits, entry.group)
+
+
+def entry_parameters(group: Group, entry: Entry) -> int:
+    """Numbers that an entry stores, whatever bits they have. A basis shared by the group is counted once."""
+    if entry.is_dense:
+        return group.parameters
+    return group.matrices * storage_of(group, entry.storage).parameters(size_of_entry(group, entry))
+
+
+def entry_bytes(group: Group, entry: Entry, bytes_each: int) -> int:
+    """Bytes that an entry stores: numbers, scales, zeros, indices, padding; `bytes_each` is of the model's dtype."""
+    if entry.is_dense:
+        return group.parameters * bytes_each
+    return group.matrices * storage_of(group, entry.storage).bytes(size_of_entry(group, entry), bytes_each)
 
 
 def admitted(group: Group, storage: str) -> str:
@@ -35,12 +59,19 @@ def admitted(group: Group, storage: str) -> str:
     return storage if refusal(group, 1, storage) is None else "pair"
 
 
-def refusal(group: Group, rank: int, storage: str, kept: int | None = None) -> str | None:
+def refusal(
+    group: Group,
+    rank: int,
+    storage: str,
+    kept: int | None = None,
+    bits: int | None = None,
+    inputs: int | None = None,
+) -> str | None:
     """Why a group cannot be stored so at a rank, in words that can follow "it"; None if it can."""
     kind = storage_of(group, storage)
     if group.of_experts and not kind.stacks:
         return "is an expert, which are stored as stacks of pairs or pivoted ones"
-    return kind.refusal(size_of(group, rank, kept))
+    return kind.refusal(size_of(group, rank, kept, bits, inputs))
 
 
 def parameters(group: Group, rank: int | None, storage: str = "pair", kept: int | None = None) -> int:
@@ -110,7 +141,10 @@ def check_reachable(groups: Sequence[Group], keep: float, rank_multiple: int = 1
 
 @dataclass(frozen=True)
 class Ledger:
-    """What a plan costs. `*_parameters` count numbers, `*_bytes` bytes at the model's dtype, indices included."""
+    """What a plan costs. `*_parameters` count numbers, `*_bytes` bytes at the model's dtype, indices included.
+
+    `bits` is of a plan with few bits alone: bytes of the targets in bits, for each of their weights before.
+    """
 
     target_parameters_dense: int
     target_parameters_kept: int
@@ -118,6 +152,7 @@ class Ledger:
     model_parameters_kept: int
     model_bytes_dense: int
     model_bytes_kept: int
+    bits: float | None = None
 
     @property
     def keep(self) -> float:
@@ -130,7 +165,8 @@ class Ledger:
         return self.model_parameters_kept / self.model_parameters_dense
 
     def to_dict(self) -> dict[str, float]:
-        return {**asdict(self), "keep": self.keep, "keep_model": self.keep_model}
+        facts = {name: value for name, value in asdict(self).items() if value is not None}
+        return {**facts, "keep": self.keep, "keep_model": self.keep_model}
 
 
 def make_ledger(groups: Iterable[Group], entries: Iterable[Entry], model_parameters: int, bytes_each: int) -> Ledger:
@@ -143,15 +179,18 @@ def make_ledger(groups: Iterable[Group], entries: Iterable[Entry], model_paramet
     kept = stored = 0
     for e in entries:
         group = by_name[e.name]
-        kept += parameters(group, e.rank, e.storage, e.kept)
-        if e.rank is None:
-            stored += group.parameters * bytes_each
-        else:
-            one = storage_of(group, e.storage).bytes(size_of(group, e.rank, e.kept), bytes_each)
-            stored += group.matrices * one
+        kept += entry_parameters(group, e)
+        stored += entry_bytes(group, e, bytes_each)
+    bits = stored * 8 / dense if any(e.bits is not None for e in entries) else None
     whole = model_parameters - dense + kept
     rest = (model_parameters - dense) * bytes_each
-    return Ledger(dense, kept, model_parameters, whole, model_parameters * bytes_each, rest + stored)
+    return Ledger(dense, kept, model_parameters, whole, model_parameters * bytes_each, rest + stored, bits)
+
+
+def assert_within_bytes(stored: int, most: int) -> None:
+    """Raise `BudgetError` when what a plan stores of the targets takes more than it may, which allocators promise."""
+    if stored > most:
+        raise BudgetError(f"the plan takes {stored} bytes for the targets, but may take {most}.")
 
 
 def assert_within(ledger: Ledger, keep: float) -> None:

@@ -144,6 +144,18 @@ class Decomposition:
             matrices = self._held
         return matrices[0], matrices[-1]
 
+    @property
+    def directions(self) -> tuple[Tensor, Tensor]:
+        """`(B [full, in], A [out, full])`, float64, of which the first r rows and columns are the cut at rank r.
+
+        `A^T G A` is the identity and `B H B^T` holds the squares of `values` on its diagonal.
+        """
+        y, z = (matrix[:, : len(self.values)].double() for matrix in self.projections)
+        if self.is_left_form:
+            return z.T @ self.weight.double(), y
+        lengths = self.values.to(y).clamp(min=1e-300)
+        return y.T * lengths[:, None], self.weight.double() @ z / lengths
+
     def close(self) -> None:
         """Keep what cuts need in the weight's own precision (float32 at least), which is half of the memory.
 

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,8 @@ def compress(
     keep: float | None = None,
     size: int | str | None = None,
     max_kl: float | None = None,
+    bits: float | None = None,
+    widths: str | None = None,
     rank_multiple: int = 1,
     storage: str | None = None,
     options: Mapping[str, Any] | None = None,
@@ -56,10 +59,12 @@ def compress(
 ) -> Compression:
     """Compress a model and, if `out` is given, save it there.
 
-    `model` is a hub id, a folder, or a model in memory, which is then changed in place. One of three
+    `model` is a hub id, a folder, or a model in memory, which is then changed in place. One of four
     goals: `keep` is the share of the targets' parameters that stays, in (0, 1] (0.8 if no goal is given);
     `size` the most that the weight files may take, in bytes or as "80MB"; `max_kl` the most that the
-    predictions may differ from the dense model's, in nats per token, as predicted by recipes that can.
+    predictions may differ from the dense model's, in nats per token, as predicted by recipes that can; or `bits` per
+    weight of the targets, all counted. `bits` lets every matrix have few bits, low rank or both (`docs/bits.md`),
+    `widths` does so with any goal and says which bits a number may have, as in "4,8".
     `plan` replays a saved plan instead of allocating. `on_plan` is called with the plan before a weight
     is touched. `storage` is how factors are stored, in place of the recipe's choice (pair,
     pivoted), `options` overrides recipe options (`{"factorizer.damping": 1e-4}`).
@@ -71,8 +76,8 @@ def compress(
 
     Raises `UserError` for anything the caller can mend, `NumericalError` for NaN while computing.
     """
-    goal = Goal.of(keep, size, max_kl)
-    full_recipe = find_recipe(recipe, options, storage)
+    full_recipe = recipes.in_few_bits(find_recipe(recipe, options, storage), widths, bits)
+    goal = Goal.of(keep, size, max_kl, bits, full_recipe.bits)
     preflight.check_request(full_recipe, goal, device, dtype)
     saved_plan = plan if plan is None or isinstance(plan, Plan) else Plan.load(plan)
     stages, folder = Stages(progress), None if work is None else Path(work)
@@ -97,6 +102,7 @@ def compress(
             if output is not None:
                 files.check_space(output, loaded.ledger(planned.plan).model_bytes_kept)
             flags = {**goal.to_dict(), **({"rank_multiple": rank_multiple} if rank_multiple > 1 else {})}
+            flags |= {} if widths is None else {"widths": widths}
             command = partial(
                 compress_command,
                 loaded.source,
@@ -125,6 +131,8 @@ def plan(
     keep: float | None = None,
     size: int | str | None = None,
     max_kl: float | None = None,
+    bits: float | None = None,
+    widths: str | None = None,
     rank_multiple: int = 1,
     storage: str | None = None,
     options: Mapping[str, Any] | None = None,
@@ -139,8 +147,9 @@ def plan(
     progress: Progress = silent,
 ) -> Plan:
     """The plan that `compress` with the same arguments would carry out; no weight is touched."""
-    goal, stages, folder = Goal.of(keep, size, max_kl), Stages(progress), None if work is None else Path(work)
-    full_recipe = find_recipe(recipe, options, storage)
+    full_recipe = recipes.in_few_bits(find_recipe(recipe, options, storage), widths, bits)
+    goal, stages = Goal.of(keep, size, max_kl, bits, full_recipe.bits), Stages(progress)
+    folder = None if work is None else Path(work)
     preflight.check_request(full_recipe, goal, device, dtype)
     with opened(folder) as spill:
         chosen = ModelSpec(model, tokenizer, tuple(include), tuple(exclude), device, dtype, trust_remote_code)
@@ -169,7 +178,7 @@ def spectra(
     progress: Progress = silent,
 ) -> list[Spectrum]:
     """The spectrum of every group in the metric of the recipe, before any rank is chosen; no weight is touched."""
-    stages, full_recipe = Stages(progress), find_recipe(recipe, options)
+    stages, full_recipe = Stages(progress), replace(find_recipe(recipe, options), widths=(), bits=None)
     preflight.check_request(full_recipe, Goal(keep=1.0), device, dtype)
     chosen = ModelSpec(model, tokenizer, tuple(include), tuple(exclude), device, dtype, trust_remote_code)
     loaded, text = prepare(chosen, calibration or Calibration(), full_recipe, Goal(keep=1.0), stages)

@@ -31,12 +31,13 @@ from eckart import registry, storages
 from eckart.allocators.base import Allocator
 from eckart.errors import OptionError
 from eckart.factorizers.base import Factorizer
+from eckart.maths.rounding import GROUP, WIDTHS
 from eckart.plans.experts import Experts
 from eckart.plans.grouping import Grouping
 from eckart.refiners.base import Refiner
 from eckart.support import reading
 from eckart.support.escaping import plain
-from eckart.types import Group, Target
+from eckart.types import Group, Packing, Target
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class Recipe:
 
     `options` maps "factorizer", "allocator", "grouping", "experts" and the name of each refiner to its options.
     `storage` is how factors are stored in the end, where a group can have it; it prices ranks for every allocator.
+
+    `forms` are the storages of few bits that a plan may use once bits are asked for, `widths` the bits of a number;
+    without them everything has 16 or 32. `bits` per weight are asked for where no goal is given; None: a share is.
     """
 
     name: str
@@ -54,6 +58,15 @@ class Recipe:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     about: str = ""
     storage: str = "pair"
+    forms: tuple[str, ...] = ()
+    widths: tuple[int, ...] = ()
+    bits: float | None = None
+    group: int = GROUP
+
+    @property
+    def packing(self) -> Packing | None:
+        """What a plan may use of few bits; None for one in full precision."""
+        return Packing(self.forms, self.widths, self.group) if self.widths else None
 
     def make_factorizer(self) -> Factorizer:
         """Build the factorizer; raises `OptionError` for an unknown name or option."""
@@ -96,6 +109,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Every part with every option, defaults written out."""
+        few_bits = {"forms": self.forms, "widths": self.widths, "group": self.group} if self.widths else {}
         return {
             "name": self.name,
             "factorizer": describe(self.factorizer, self.make_factorizer()),
@@ -104,6 +118,7 @@ class Recipe:
             "experts": registry.options_of(self.make_experts()),
             "refiners": [describe(n, r) for n, r in zip(self.refiners, self.make_refiners(), strict=True)],
             "storage": self.storage,
+            **{key: list(value) if isinstance(value, tuple) else value for key, value in few_bits.items()},
         }
 
 
@@ -120,11 +135,29 @@ BUILT_IN = {
         ),
         Recipe("svd-llm", "svd_llm", about="truncation-aware whitening, SVD-LLM (W) (arXiv 2403.07378), uniform ranks"),
         Recipe(
+            "rtn",
+            "svd",
+            forms=("packed",),
+            widths=WIDTHS,
+            bits=4.5,
+            about="round to nearest, one width for all; no data needed",
+        ),
+        Recipe(
+            "gptq",
+            "svd_llm",
+            options={"factorizer": {"damping": 0.01}},  # as GPTQ's own code has it
+            forms=("packed",),
+            widths=WIDTHS,
+            bits=4.5,
+            about="rounding with errors made up for (arXiv 2210.17323), one shot, one width for all",
+        ),
+        Recipe(
             "eckart",
             "two_sided",
             "water_level",
             options={"allocator": {"correction": "full"}},
             storage="pivoted",
+            forms=("packed", "packed_pair", "packed_sum"),
             about="Fisher metric, one water level over the model, pivoted storage; predicts and measures its loss",
         ),
         Recipe(
@@ -228,6 +261,22 @@ def _override(recipe: Recipe, key: str, value: Any) -> Recipe:
         recipe = replace(recipe, options=kept)
         return replace(recipe, factorizer=str(value)) if part == "factorizer" else replace(recipe, allocator=str(value))
     return replace(recipe, options={**recipe.options, part: {**recipe.options.get(part, {}), option: value}})
+
+
+def in_few_bits(recipe: Recipe, widths: str | None, bits: float | None) -> Recipe:
+    """The recipe with the bits of a number that were asked for, `widths` as in "4,8"; all there are for `bits` alone.
+
+    Raises `OptionError` for a recipe that knows no few bits, and for other widths than there are.
+    """
+    if widths is None and (bits is None or recipe.widths):
+        return recipe
+    if not recipe.forms:
+        possible = ", ".join(name for name, one in BUILT_IN.items() if one.forms)
+        raise OptionError(f"recipe {recipe.name} has no form of few bits; take one of {possible}, or leave bits out.")
+    found = tuple(dict.fromkeys(part.strip() for part in (widths or ",".join(map(str, WIDTHS))).split(",")))
+    if wrong := [part for part in found if part not in map(str, WIDTHS)]:
+        raise OptionError(f"widths has {wrong[0]!r}, but must be some of {','.join(map(str, WIDTHS))}, as in 4,8.")
+    return replace(recipe, widths=tuple(sorted(map(int, found))))
 
 
 def checked_storage(name: str) -> str:

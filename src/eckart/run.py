@@ -92,7 +92,7 @@ def carry_out(
     dense: dict[str, Tensor] = {}
     if refiners:
         # Refiners see the dense weights: one more copy of the targets in memory, but only if one runs.
-        names = [name for entry in entries if entry.rank is not None for name in entry.targets]
+        names = [name for entry in entries if not entry.is_dense for name in entry.targets]
         dense = {name: operator(loaded.model, name).weight for name in names}
         text.read()  # now: the dense model may be the author of the text
     drift, routed = planned.decomposed.drift, planned.decomposed.routed
@@ -134,7 +134,7 @@ def _factorise(
     with stages("factorise"):
         for group, entry in track(pairs, "factorise", len(pairs), stages.progress):
             log.debug("%s: rank %s of %d, %s", group.name, entry.rank, group.full_rank, entry.storage)
-            if entry.rank is not None:
+            if not entry.is_dense:
                 for name, layer in planned.decomposed.cut(group, entry).items():
                     swap_(loaded.model, name, layer)
                 planned.decomposed.drop(group.name)
@@ -165,7 +165,8 @@ def _refine(
 
 def _store(loaded: Loaded, entries: Sequence[Entry], stages: Stages) -> None:
     """Store every factorised layer as the plan says."""
-    storages = {name: e.storage for e in entries if e.rank is not None and not e.kept for name in e.targets}
+    factors = [e for e in entries if e.rank is not None and not e.kept and e.bits is None]
+    storages = {name: e.storage for e in factors for name in e.targets}
     with stages("store"):
         for name, storage in track(storages.items(), "store", len(storages), stages.progress):
             store_(loaded.model, name, storage)

@@ -113,6 +113,8 @@ class Entry:
     than a pair of rank `rank`; 0 means none.
 
     With `own_bases` each of the targets has a basis of its own, and the rank is that of each; else they share one.
+    `bits` and `group` are for storages that pack: bits of a number, and inputs that share a scale. There `rank` is
+    `None` for a matrix that is packed as it is.
 
     `details` is for people: figures behind the choice. It changes nothing and is not compared.
     """
@@ -123,10 +125,48 @@ class Entry:
     kept: int | None = None
     details: Mapping[str, Any] = field(default_factory=dict, compare=False)
     own_bases: bool = False
+    bits: int | None = None
+    group: int | None = None
 
     @property
     def name(self) -> str:
         return self.targets[0]
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the group stays as it is."""
+        return self.rank is None and self.bits is None
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to store a group in few bits: what its entry says, `bytes` on disk, and the squared error in the metric.
+
+    The error is predicted (`eckart.planning.forms`), in the unit of `Spectrum.values` squared.
+    """
+
+    storage: str
+    rank: int | None
+    bits: int
+    group: int
+    bytes: int
+    error: float
+
+    def of(self, group: Group) -> Entry:
+        """The entry of a plan that chooses it."""
+        return Entry(group.names, self.rank, self.storage, bits=self.bits, group=self.group)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What a plan with few bits may use: storages that pack, bits of a number, and inputs that share a scale.
+
+    Without `widths` it is the plan that says what is used.
+    """
+
+    storages: tuple[str, ...] = ()
+    widths: tuple[int, ...] = ()
+    group: int = 64
 
 
 @dataclass(frozen=True)
@@ -142,7 +182,7 @@ class Spectrum:
     low. `observed` holds
     what an allocator asked to be measured, by name (`eckart.measuring.scene`): "sensitivity" is `{share: KL of the
     model's output}` when this group alone is moved to a share, "similarity" the cosine between what enters and what
-    leaves the group's block.
+    leaves the group's block. `forms` are the ways to store the group in few bits, where a plan may use them.
     """
 
     group: Group
@@ -150,6 +190,7 @@ class Spectrum:
     nats: float | None = None
     observed: Mapping[str, Any] = field(default_factory=dict)
     unseen: Tensor | None = None
+    forms: tuple[Form, ...] = ()
 
     def error(self, rank: int) -> float:
         """Truncation error at `rank`, in the unit of the metric."""
@@ -174,6 +215,14 @@ class Spectrum:
         if self.nats is None:
             return None
         return 0.0 if rank is None else self.nats * float(self.expected[rank])
+
+    def predicted(self, entry: Entry) -> float | None:
+        """Predicted loss of an entry of a plan, nats per token; None if the metric cannot say, or the entry is new."""
+        if entry.bits is None:
+            return self.loss(entry.rank)
+        found = (form.error for form in self.forms if form.of(self.group) == entry)
+        error = next(found, None)
+        return None if error is None or self.nats is None else self.nats * error
 
     @property
     def energy(self) -> float:
@@ -217,9 +266,14 @@ class Budget:
 
     `rank_multiple` is the step of ranks that the hardware likes; 1 means any rank. `storage` is how factors are
     stored where a group can have it (`eckart.ledger.admitted`), and so what a rank costs.
+
+    With `bytes`, the most that the targets may take, groups may have any of their `Spectrum.forms`, and `keep` is 1;
+    `itemsize` is what a number takes that is not packed.
     """
 
     keep: float
     rank_multiple: int = 1
     storage: str = "pair"
     of: str = field(default="targets", init=False)
+    bytes: int | None = None
+    itemsize: int = 4

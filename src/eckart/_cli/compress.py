@@ -9,6 +9,7 @@ import eckart
 from eckart._cli import terminal
 from eckart._cli.app import app, print_json
 from eckart._cli.options import (
+    Bits,
     Bos,
     Data,
     Device,
@@ -29,6 +30,7 @@ from eckart._cli.options import (
     Storage,
     Tokenizer,
     TrustRemoteCode,
+    Widths,
     Windows,
     Work,
     parse_options,
@@ -44,6 +46,8 @@ def compress(
     keep: Keep = None,
     size: Size = None,
     max_kl: MaxKl = None,
+    bits: Bits = None,
+    widths: Widths = None,
     plan: Annotated[Path | None, typer.Option(help="Replay this plan instead of allocating.")] = None,
     rank_multiple: RankMultiple = 1,
     storage: Storage = None,
@@ -78,6 +82,8 @@ def compress(
             keep=keep,
             size=size,
             max_kl=max_kl,
+            bits=bits,
+            widths=widths,
             rank_multiple=rank_multiple,
             storage=storage,
             options=with_recovery(recipe, parse_options(option)) if recover else parse_options(option),

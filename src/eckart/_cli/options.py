@@ -18,6 +18,14 @@ MaxKl = Annotated[
     float | None,
     typer.Option(help="Instead of --keep: the most the predictions may change, predicted, in nats per token (0.05)."),
 ]
+Bits = Annotated[
+    float | None,
+    typer.Option(help="Instead of --keep: bits per weight of the targets, scales and all else counted, as in 3.5."),
+]
+Widths = Annotated[
+    str | None,
+    typer.Option(help="Bits that a number may have, as in 4,8; allows few bits with --size and --max-kl, too."),
+]
 Storage = Annotated[
     str | None,
     typer.Option(help="How factors are stored, not as the recipe says: pair or pivoted (fewest numbers)."),

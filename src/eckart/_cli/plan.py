@@ -9,6 +9,7 @@ import eckart
 from eckart._cli import terminal
 from eckart._cli.app import app, print_json
 from eckart._cli.options import (
+    Bits,
     Bos,
     Data,
     Device,
@@ -29,6 +30,7 @@ from eckart._cli.options import (
     Storage,
     Tokenizer,
     TrustRemoteCode,
+    Widths,
     Windows,
     Work,
     parse_options,
@@ -45,6 +47,8 @@ def plan(
     keep: Keep = None,
     size: Size = None,
     max_kl: MaxKl = None,
+    bits: Bits = None,
+    widths: Widths = None,
     rank_multiple: RankMultiple = 1,
     storage: Storage = None,
     option: Options = [],  # noqa: B006
@@ -75,6 +79,8 @@ def plan(
             keep=keep,
             size=size,
             max_kl=max_kl,
+            bits=bits,
+            widths=widths,
             rank_multiple=rank_multiple,
             storage=storage,
             options=parse_options(option),

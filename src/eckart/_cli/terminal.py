@@ -161,6 +161,8 @@ def show_reached(plan: "Plan") -> None:
     goal = ", ".join(f"{k} {v:g}" for k, v in plan.asked.items() if isinstance(v, int | float))
     reached = plan.reached
     text = f"Asked: {goal}. Plan: keep {reached['keep']:.4f}, model {reached['model_bytes_kept'] / 1e6:,.1f} MB"
+    if (bits := reached.get("bits")) is not None:
+        text += f", {bits:.3f} bits per weight of the targets"
     if (kl := reached.get("predicted_kl")) is not None:
         text += f", predicted KL {kl:.4f} nats per token (perplexity x{exp(kl):.3f})"
     if (kl := reached.get("measured_kl")) is not None:

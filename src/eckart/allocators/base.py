@@ -26,10 +26,12 @@ class Allocator(ABC):
     """Chooses ranks. The fields of the dataclass are the method's options.
 
     Some choose by more than spectra: `wants` names what is to be measured first (`eckart.measuring.scene`) and comes
-    in `Spectrum.observed`. `may_exceed` says that its plans may keep more than was asked.
+    in `Spectrum.observed`. `shares_bytes` says that it knows what to do with `Budget.bytes`. `may_exceed`
+    says that its plans may keep more than was asked.
     """
 
     wants: ClassVar[tuple[str, ...]] = ()
+    shares_bytes: ClassVar[bool] = False
 
     @property
     def may_exceed(self) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import final
+from typing import ClassVar, final
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from eckart.maths.hull import Curve, spend
 from eckart.types import Budget, Entry, Group, Level, Spectrum
 
 DENSE = 0  # the label of the choice to leave a group dense
+RANK_STEP = 16  # of cuts that stand beside forms of few bits, which beat nearly all of them
 
 
 @final
@@ -26,8 +27,12 @@ class WaterLevel(Allocator):
     The budget's storage prices the ranks; `dense` allows a group to stay whole. No rank is below `floor_rank` or
     below `floor_share` of the full rank: where costs are concave (pivoted), equal spectra would end as dense ones and
     ones of rank 1, which an additive loss likes and a real model does not. `correction` measures by how much the
-    predicted losses of the kinds of matrices are off, and allocates again (`eckart.planning.correction`).
+    predicted losses of the kinds of matrices are off, and allocates again (`eckart.planning.correction`). With a
+    budget in bytes a group has one curve over all its forms, dense, of few bits and of low rank, and the level is the
+    same.
     """
+
+    shares_bytes: ClassVar[bool] = True
 
     dense: bool = True
     floor_rank: int = 1
@@ -45,6 +50,8 @@ class WaterLevel(Allocator):
         return self.correction
 
     def allocate(self, spectra: Sequence[Spectrum], budget: Budget) -> list[Entry]:
+        if budget.bytes is not None:
+            return self._allocate_bytes(spectra, budget, budget.bytes)
         checked(spectra, budget)
         if budget.keep == 1 and self.dense:
             return [entry_at(s.group, None, budget) for s in spectra]
@@ -71,6 +78,30 @@ class WaterLevel(Allocator):
             replace(s, nats=1 / max(s.energy, 1e-300) if self.normalise else s.nats if predicts else 1.0)
             for s in spectra
         ]
+
+    def _allocate_bytes(self, spectra: Sequence[Spectrum], budget: Budget, most: int) -> list[Entry]:
+        choices = [self._choices(spectrum, budget) for spectrum in self._in_one_unit(spectra)]
+        curves = []
+        for spectrum, entries in zip(self._in_one_unit(spectra), choices, strict=True):
+            costs = [ledger.entry_bytes(spectrum.group, entry, budget.itemsize) for entry in entries]
+            losses = [spectrum.predicted(entry) for entry in entries]
+            curves.append(Curve.of(np.array(costs), np.array(losses, dtype=float), np.arange(len(entries))))
+        chosen = spend(curves, most)
+        if chosen is None:
+            weights, least = sum(s.group.parameters for s in spectra), sum(int(curve.costs[0]) for curve in curves)
+            raise BudgetError(
+                f"the budget is {max(most, 0) * 8 / weights:.3f} bits per weight, but the fewest that these widths "
+                f"reach are {least * 8 / weights:.3f}; ask for more."
+            )
+        return [entries[int(curve.label[i])] for entries, curve, i in zip(choices, curves, chosen, strict=True)]
+
+    def _choices(self, spectrum: Spectrum, budget: Budget) -> list[Entry]:
+        """Every form of a group that the rank multiple allows, cuts in the budget's storage, and the group as it is."""
+        group, step = spectrum.group, max(budget.rank_multiple, RANK_STEP)
+        cuts = self._ranks(group, step, ledger.admitted(group, budget.storage))
+        forms = [form for form in spectrum.forms if (form.rank or 0) % budget.rank_multiple == 0]
+        entries = [form.of(group) for form in forms] + [entry_at(group, rank, budget) for rank in cuts]
+        return [*entries, entry_at(group, None, budget)] if self.dense else entries
 
     def _curve(self, spectrum: Spectrum, budget: Budget) -> Curve:
         group, weight = spectrum.group, spectrum.nats

@@ -49,6 +49,21 @@ def locate(model: str) -> str | Path:
     return pretrained.locate(model)
 
 
+def refuse_packed(model: str | Path, what: str) -> None:
+    """Raise `ModelError` for a checkpoint with layers in few bits, which cannot be `what` yet; reads its head alone."""
+    config = Path(os.path.expanduser(model)) / pretrained.CONFIG
+    quantization = (
+        pretrained.read_json(config, ModelError).get("quantization_config") if os.path.isfile(config) else None
+    )
+    modules = quantization.get("modules") if isinstance(quantization, Mapping) else None
+    for name, spec in modules.items() if isinstance(modules, Mapping) else ():
+        if isinstance(spec, Mapping) and "bits" in spec:
+            raise ModelError(
+                f"{plain(model, 1000)}: {plain(name, 300)} has few bits, which cannot be {what} yet; "
+                "write the dense model first, with `eckart convert --storage dense`."
+            )
+
+
 def check_source(source: str | Path, config: Mapping[str, Any]) -> None:
     """Refuse by its configuration and the heads of its files. Raises `ModelError`.
 

@@ -25,15 +25,24 @@ def card(provenance: Mapping[str, Any], plan: Plan | None) -> str:
         base_model_relation="quantized" if _is_hub_id(source) else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["eckart", "low-rank"],
+        tags=["eckart", "low-rank", *(["quantized"] if _packs(plan) else [])],
     )
     rows = "\n".join(f"| {what} | {value} |" for what, value in _facts(provenance, plan) if value)
-    return f"---\n{head.to_yaml()}\n---\n\n{_TEXT.format(model=_shown(source), rows=rows)}"
+    how = _FEW_BITS if _packs(plan) else _FACTORS
+    return f"---\n{head.to_yaml()}\n---\n\n{_TEXT.format(model=_shown(source), how=how, rows=rows)}"
+
+
+def _packs(plan: Plan | None) -> bool:
+    return plan is not None and any(entry.bits is not None for entry in plan.entries)
+
+
+_FACTORS = "made smaller by low-rank factorisation with eckart: some of its linear layers are two thin factors each."
+_FEW_BITS = "made smaller with eckart: its linear layers have few bits, two thin factors, or both."
 
 
 _TEXT = """# {model}, factorised
 
-{model}, made smaller by low-rank factorisation with eckart: some of its linear layers are two thin factors each.
+{model}, {how}
 Everything else is as it was.
 
 | | |

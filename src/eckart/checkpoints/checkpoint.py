@@ -339,22 +339,34 @@ def _difference(plan: Plan, stored: Mapping[str, Mapping[str, Any]]) -> str:
     for name, spec in specs.items():
         sharing.setdefault(spec.get("basis_of", name), []).append(name)
     built = {
-        name: (spec.get("rank"), spec.get("storage"), sorted(sharing[spec.get("basis_of", name)]), spec.get("kept", 0))
+        name: (
+            spec.get("rank"),
+            spec.get("storage"),
+            sorted(sharing[spec.get("basis_of", name)]),
+            spec.get("kept", 0),
+            (spec.get("bits"), spec.get("group")),
+        )
         for name, spec in specs.items()
     }
     planned = {
-        name: (entry.rank, entry.storage, [name] if entry.own_bases else sorted(entry.targets), entry.kept or 0)
+        name: (
+            entry.rank,
+            entry.storage,
+            [name] if entry.own_bases else sorted(entry.targets),
+            entry.kept or 0,
+            (entry.bits, entry.group),
+        )
         for entry in plan.entries
-        if entry.rank is not None
+        if not entry.is_dense
         for name in entry.targets
     }
 
-    def say(layer: tuple[Any, Any, list[str], Any] | None) -> str:
+    def say(layer: tuple[Any, Any, list[str], Any, tuple[Any, Any]] | None) -> str:
         if layer is None:
             return "dense"
-        return f"rank {layer[0]}, storage {layer[1]!r}, basis of {' and '.join(layer[2])}" + (
-            f", {layer[3]} columns kept" if layer[3] else ""
-        )
+        rank = f"rank {layer[0]}, storage {layer[1]!r}, basis of {' and '.join(layer[2])}"
+        columns = f", {layer[3]} columns kept" if layer[3] else ""
+        return rank + columns + ("" if layer[4] == (None, None) else f", {layer[4][0]} bits in groups of {layer[4][1]}")
 
     for name in sorted(planned.keys() | built.keys()):
         if planned.get(name) != built.get(name):

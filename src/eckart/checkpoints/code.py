@@ -65,7 +65,8 @@ def names_in(folder: Path) -> set[str]:
     """The files of ours among those of a folder, by name; none where no such code was written."""
     if not (folder / FILES[0]).is_file():
         return set()
-    return {*FILES, INDEX, "base.py", *(f"{name}.py" for name in storages.names())}
+    helpers = {path.name for path in Path(storages.__file__).parent.glob("_[a-z]*.py")}
+    return {*FILES, INDEX, "base.py", *helpers, *(f"{name}.py" for name in storages.names())}
 
 
 def _file(module: Any) -> Path:

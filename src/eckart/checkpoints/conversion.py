@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -68,11 +69,18 @@ def _left(model: nn.Module, specs: hf.Specs, storage: str) -> dict[str, str]:
         if spec["storage"] == experts.STORAGE:
             left |= {} if spec["of"] == storage else {name: "is a stack of experts, which is only changed to dense"}
             continue
+        if storages.find(spec["storage"]).packs:
+            left[name] = "has few bits"
+            continue
         members = owners.count(spec.get("basis_of", name))
         size = Size(*shape_of(model.get_submodule(name)), spec["rank"], spec.get("kept", 0), members)
         if refusal := storages.find(storage).refusal(size):
             left[name] = refusal
     return left
+
+
+def _entry(names: tuple[str, ...], spec: Mapping[str, Any]) -> Entry:
+    return Entry(names, spec.get("rank"), spec["storage"], bits=spec.get("bits"), group=spec.get("group"))
 
 
 def _plan(plan: Plan | None, model: nn.Module, layout: Layout) -> tuple[Plan, Ledger]:
@@ -82,9 +90,9 @@ def _plan(plan: Plan | None, model: nn.Module, layout: Layout) -> tuple[Plan, Le
         sharing: dict[str, list[str]] = {}
         for name, spec in specs.items():
             sharing.setdefault(spec.get("basis_of", name), []).append(name)
-        plan = Plan(tuple(Entry(tuple(n), specs[o]["rank"], specs[o]["storage"]) for o, n in sharing.items()))
+        plan = Plan(tuple(_entry(tuple(n), specs[o]) for o, n in sharing.items()))
     entries = [
-        replace(entry, rank=None, storage="pair")
+        replace(entry, rank=None, storage="pair", bits=None, group=None)
         if entry.name not in specs
         else replace(entry, storage=specs[entry.name]["storage"])
         for entry in plan.entries

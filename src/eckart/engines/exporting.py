@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from eckart.checkpoints import checkpoint, conversion, pretrained
+from eckart.checkpoints.admission import refuse_packed
 from eckart.errors import ModelError, OptionError
 from eckart.portable.experts import stacks_in
 from eckart.progress import Progress, silent
@@ -68,6 +69,7 @@ def export(model: str | Path, *, to: str, out: str | Path, int8: bool = False, p
         conversion.convert(model, storage="dense", out=out, progress=progress)
         source = _size(Path(model), "*.safetensors")
         return Export(str(out), to, int8, _size(out), source, MERGED_NOTE)
+    refuse_packed(model, f"exported to {to}")
     _require(to, int8)
     loaded = checkpoint.load_model(str(model))
     if stack := next(iter(stacks_in(loaded)), None):

@@ -26,7 +26,8 @@ from vllm.model_executor.models.utils import WeightsMapper
 from eckart import storages
 from eckart.engines.parts import assemble, part_of
 
-KEYS = tuple(dict.fromkeys(["weight", *(name for storage in storages.known() for name in storage.tensors)]))
+SERVED = [storage for storage in storages.known() if not storage.packs]
+KEYS = tuple(dict.fromkeys(["weight", *(name for storage in SERVED for name in storage.tensors)]))
 QKV = {"q": 0, "k": 1, "v": 2}
 
 
@@ -142,6 +143,11 @@ class EckartServing(QuantizationConfig):  # type: ignore[misc]
                     f"{name}: is a stack of factorised experts, which vLLM cannot compute with yet; serve the dense "
                     "model that `eckart convert --storage dense` writes."
                 )
+        if packed := sorted(name for name, spec in modules.items() if storages.find(spec["storage"]).packs):
+            raise ValueError(
+                f"{packed[0]}: has few bits, which cannot be served by vLLM yet ({len(packed)} such layers); "
+                "serve the dense model that `eckart convert --storage dense` writes."
+            )
         return cls(modules)
 
     @classmethod

@@ -5,7 +5,7 @@ Most methods differ only in their metric and override `metric`; a method of anot
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from eckart.errors import NumericalError, PlanError
-from eckart.linalg import Decomposition, Metric
+from eckart.linalg import Decomposition, Metric, Side
 from eckart.statistics.sums import GRADIENT_NEEDS, GroupStatistics, Need
 from eckart.support.escaping import plain
 from eckart.types import Entry, Factors, Group, Spectrum
@@ -86,6 +86,17 @@ class Factorizer(ABC):
     @abstractmethod
     def metric(self, weight: Tensor, statistics: GroupStatistics) -> Metric:
         """The metric for one group; `weight` is `[out, in]`, stacked."""
+
+    def sides(self, statistics: GroupStatistics, details: Mapping[str, Any]) -> tuple[Side, Side]:
+        """Both sides of the metric, of the outputs and of the inputs, from statistics with whole Grams.
+
+        Rounding needs both, where a decomposition knows one of them through the weight alone. `details` are those of
+        the group's decomposition.
+        """
+        metric = self.metric(torch.empty(0, 0), statistics)
+        assert metric.left is not None
+        assert metric.right is not None
+        return metric.left, metric.right
 
     def nats(self, statistics: GroupStatistics) -> float | None:
         """Predicted loss, in nats per token, of one unit of squared error; `None` if the metric cannot say."""

@@ -3,9 +3,9 @@
 SVD-LLM with one thing more: errors are also weighed by what they do to the model's loss.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
@@ -126,6 +126,14 @@ class TwoSided(Factorizer):
         grams = [member.gradient_gram.matrix for member in members if member.gradient_gram is not None]
         stacked: Tensor = grams[0] if len(grams) == 1 else torch.block_diag(*grams)  # type: ignore[no-untyped-call]
         return replace(metric, left=Side(gram=stacked, damping=damping))
+
+    def sides(self, statistics: GroupStatistics, details: Mapping[str, Any]) -> tuple[Side, Side]:
+        grams = [member.gradient_gram.matrix for member in statistics.members if member.gradient_gram is not None]
+        stacked: Tensor = grams[0] if len(grams) == 1 else torch.block_diag(*grams)  # type: ignore[no-untyped-call]
+        chosen = details.get("gradient_shrinkage", self.gradient_shrinkage)
+        right = statistics.input_side(_as_damping(self.input_shrinkage))
+        assert right is not None
+        return Side(gram=stacked, damping=_as_damping(chosen)), right
 
     def nats(self, statistics: GroupStatistics) -> float:
         """Half of the shrinkages' `1 - a` over tokens, predictions and, for the mean input, members."""

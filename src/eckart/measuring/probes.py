@@ -42,7 +42,7 @@ class SlicingProbe:
     losses: dict[str, float] = field(default_factory=dict, init=False)
 
     def __call__(self, entries: Sequence[Entry], held_out: bool = False) -> float:
-        choices = [[*entry.targets, entry.rank, entry.storage, entry.kept] for entry in entries]
+        choices = [[*e.targets, e.rank, e.storage, e.kept, *([e.bits, e.group] if e.bits else [])] for e in entries]
         piece = Key("candidate", held_out=held_out, choices=choices).digest
         if piece not in self.losses:
             record = self.folder.find(piece)
@@ -86,7 +86,7 @@ def measure_parts(
     `entries` of `groups` are the plan. All parts walk side by side in one pass over the blocks, each on a stream of its
     own from its first cut on: that is `[windows, length, width]` for every part. The layers of a block are made once.
     """
-    cuts = [(group, entry) for group, entry in zip(groups, entries, strict=True) if entry.rank is not None]
+    cuts = [(group, entry) for group, entry in zip(groups, entries, strict=True) if not entry.is_dense]
     dense, streams = held_out.stream(), dict[int, Stream]()
     replacements: dict[str, nn.Module] = {}
     for at in walk(held_out.residence, dense, stage="probe", progress=progress):

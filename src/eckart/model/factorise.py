@@ -1,5 +1,6 @@
 """Put factors in the place of weights, one layer or a group with one basis, and change how a layer is stored."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +36,20 @@ def factorized_layers(model: nn.Module, group: Group, factors: Factors) -> dict[
     return dict(layers)
 
 
+def packed_layers(
+    model: nn.Module, group: Group, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, nn.Module]:
+    """The layer, by name, for the one member of a group that is stored in few bits; the model stays as it is.
+
+    `spec` is its entry in a configuration, `tensors` what it stores but for the bias, which is that of the layer there.
+    """
+    (target,) = group.targets
+    old = operator(model, target.name)
+    bias = {} if old.bias is None else {"bias": old.bias}
+    layer = _filled(old.module, dict(spec), {**tensors, **bias})
+    return {target.name: layer}
+
+
 def factorize_(
     model: nn.Module,
     name: str,
@@ -65,6 +80,8 @@ def store_(model: nn.Module, name: str, storage: str, **choices: Any) -> nn.Modu
     before, after = find(old.spec()["storage"]), find(storage)
     if before is after:
         return old
+    if before.packs:
+        raise ValueError(f"{name}: has few bits, which another storage would not have; dequantize() makes it dense.")
     if not (before.from_plain_pairs and after.from_plain_pairs):
         raise ValueError(f"{name}: preserved columns have a storage of their own, which is not changed.")
     layer = _filled(old, *after.of_pair(before.to_pair(old), **choices))

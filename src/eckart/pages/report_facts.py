@@ -81,7 +81,7 @@ def modules(
     by_name = {row["targets"][0]: row for row in spectra}
     rows = []
     for group, entry in zip(groups, entries, strict=True):
-        share = ledger.parameters(group, entry.rank, entry.storage, entry.kept) / group.parameters
+        share = ledger.entry_parameters(group, entry) / group.parameters
         loss = entry.details.get("predicted_loss")
         for target in group.targets:
             row = {
@@ -92,8 +92,9 @@ def modules(
                 "in": target.in_features,
                 "rank": entry.rank,
                 "full_rank": group.full_rank,
-                "storage": "dense" if entry.rank is None else entry.storage,
+                "storage": "dense" if entry.is_dense else entry.storage,
                 "kept": entry.kept or 0,
+                "bits": entry.bits,
                 "share": share,
                 "group": 1 if group.own_bases else len(group.targets),
                 "energy_effective_rank": by_name.get(entry.name, entry.details).get("energy_effective_rank"),

@@ -24,6 +24,8 @@ def maps(modules: Sequence[Row]) -> list[dict[str, Any]]:
         _View("Parameters kept, %", lambda r: _or_dense(r, f"{100 * r['share']:.0f}"), lambda r: min(r["share"], 1.0)),
         _View("Rank", lambda r: _or_dense(r, str(r["rank"])), _rank_share),
     ]
+    if most := _most(modules, "bits"):
+        views.append(_View("Bits of a number", lambda r: str(r["bits"] or "·"), lambda r: r["bits"] or 0, most))
     if most := _most(modules, "kept"):
         views.append(_View("Columns kept exactly", lambda r: str(r["kept"] or "·"), lambda r: r["kept"], most))
     if most := _most(modules, "energy_effective_rank"):
@@ -41,7 +43,7 @@ def _most(modules: Sequence[Row], key: str) -> float:
 
 
 def _or_dense(row: Row, text: str) -> str:
-    return "d" if row["rank"] is None else text
+    return "d" if row["rank"] is None and not row["bits"] else text.replace("None", "full")
 
 
 def _rank_share(row: Row) -> float:
@@ -81,7 +83,9 @@ def short_names(kinds: Sequence[str]) -> list[str]:
 def details(row: Row) -> str:
     """Everything about one matrix, for the pointer."""
     text = f"{row['name']}: {row['out']} x {row['in']}, "
-    text += "dense" if row["rank"] is None else f"rank {row['rank']} of {row['full_rank']}, {row['storage']}"
+    rank = "" if row["rank"] is None else f"rank {row['rank']} of {row['full_rank']}, "
+    text += "dense" if not rank and not row["bits"] else f"{rank}{row['storage']}"
+    text += f", {row['bits']} bits" if row["bits"] else ""
     text += f", {row['kept']} columns kept" if row["kept"] else ""
     text += f", basis shared by {row['group']}" if row["group"] > 1 else ""
     return text + f", {row['share']:.1%} of its parameters"

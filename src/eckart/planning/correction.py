@@ -54,7 +54,7 @@ def measure_correction(
 
     The parts are names of groups: each kind of matrix, with "full" each of `RUNS` runs of blocks, and last the whole.
     """
-    predicted = {s.group.name: s.loss(e.rank) or 0.0 for s, e in zip(spectra, entries, strict=True)}
+    predicted = {s.group.name: s.predicted(e) or 0.0 for s, e in zip(spectra, entries, strict=True)}
     parts = [*_by_kind(spectra), *(_by_run_of_blocks(spectra) if level == "full" else [])]
     probed = [members for members in parts if sum(predicted[name] for name in members) > LEAST]
     *measured, whole = [max(kl, LEAST) for kl in measure([*probed, list(predicted)])]
@@ -92,13 +92,19 @@ def corrected(
         if goal.max_kl is None:
             return plan
         if measured <= goal.max_kl:
-            met = plan if met is None or plan.reached["keep"] < met.reached["keep"] else met
+            met = plan if met is None or _cost(plan) < _cost(met) else met
             if measured >= CLOSE * goal.max_kl:
                 return plan
         correction = correction.rescaled(measured / AIM, predicted)
     if met is None:
         raise BudgetError(f"max_kl is {goal.max_kl:g}, but no plan was found that measures at most that; ask for more.")
     return met
+
+
+def _cost(plan: Plan) -> float:
+    """What is to be small: bits per weight where some are few, else the share that is kept."""
+    cost: float = plan.reached.get("bits", plan.reached["keep"])
+    return cost
 
 
 def _by_kind(spectra: Sequence[Spectrum]) -> list[list[str]]:

@@ -15,16 +15,17 @@ from eckart.factorizers._each import decompose_each
 from eckart.factorizers.base import Factorizer, GroupDecomposition
 from eckart.model.discovery import Layout
 from eckart.model.experts import PRIOR, opened
-from eckart.model.factorise import factorized_layers
+from eckart.model.factorise import factorized_layers, packed_layers
 from eckart.model.operators import operator
 from eckart.model.residence import residence_of
 from eckart.model.walk import walk
+from eckart.planning.few_bits import FewBits
 from eckart.planning.routing import Routing
 from eckart.progress import Progress, silent
 from eckart.statistics.sums import GroupStatistics, Statistics
 from eckart.statistics.sweep import sweep
 from eckart.support.memory import give_back
-from eckart.types import Entry, Group, Spectrum
+from eckart.types import Entry, Form, Group, Packing, Spectrum
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ class Decomposed(Mapping[str, GroupDecomposition]):
         self.model, self.groups = model, [group for group in groups if group.name in decompositions]
         self._decompositions = {group.name: decompositions[group.name] for group in self.groups}
         self.left, self.routed = left, routed
+        self.few_bits: dict[str, FewBits] = {}
+        self.forms: dict[str, tuple[Form, ...]] = {}
 
     def __getitem__(self, name: str) -> GroupDecomposition:
         return self._decompositions[name]
@@ -59,7 +62,13 @@ class Decomposed(Mapping[str, GroupDecomposition]):
 
     @property
     def spectra(self) -> list[Spectrum]:
-        return [decomposition.spectrum for decomposition in self._decompositions.values()]
+        spectra = [decomposition.spectrum for decomposition in self._decompositions.values()]
+        return [self._with_forms(spectrum) for spectrum in spectra]
+
+    def _with_forms(self, spectrum: Spectrum) -> Spectrum:
+        """Errors of few bits are known on the text that made them alone, and so cuts beside them are told by it."""
+        forms = self.forms.get(spectrum.group.name)
+        return spectrum if forms is None else replace(spectrum, unseen=None, forms=forms)
 
     @property
     def predicts(self) -> bool:
@@ -90,8 +99,11 @@ class Decomposed(Mapping[str, GroupDecomposition]):
 
         Pairs, or pairs with preserved columns, whatever the entry's storage (`eckart.model.factorise.store_`).
         """
-        if entry.rank is None:
+        if entry.is_dense:
             return {}
+        if entry.bits is not None:
+            return packed_layers(self.model, group, *self.few_bits[group.name].packed(entry))
+        assert entry.rank is not None
         layers: dict[str, nn.Module] = {}
         for members, factors in self[group.name].cuts(entry.rank, entry.kept):
             layers |= factorized_layers(self.model, members, factors)
@@ -100,6 +112,7 @@ class Decomposed(Mapping[str, GroupDecomposition]):
     def drop(self, name: str) -> None:
         """Forget a decomposition, once its factors are in the model for good."""
         del self._decompositions[name]
+        self.few_bits.pop(name, None)
 
 
 def decompose(
@@ -111,9 +124,10 @@ def decompose(
     *,
     spill: Path | None = None,
     prior: float = PRIOR,
+    packing: Packing | None = None,
     progress: Progress = silent,
 ) -> Decomposed:
-    """Decompose every group once.
+    """Decompose every group once; with `packing` also find out what it would lose in few bits.
 
     `windows` is `[windows, length]` token ids, or None for a factorizer without needs. A group is decomposed as soon
     as the sweep has passed all its members, and statistics that no other group waits for are dropped at once, so that
@@ -122,9 +136,10 @@ def decompose(
     reached, or no gradient where the factorizer asks for it, has no decomposition; raises `DataError` when that goes
     for all.
     """
-    waiting = _Waiting(factorizer, list(groups), spill)
+    waiting = _Waiting(factorizer, list(groups), spill, packing)
+    whole = packing is not None
     with opened(model, layout.targets):
-        for statistics in _sweep(model, layout, groups, factorizer, windows, spill, prior, progress):
+        for statistics in _sweep(model, layout, groups, factorizer, windows, spill, prior, whole, progress):
             waiting.take(statistics, {name: operator(model, name).weight for name in statistics})
             del statistics  # or the Grams of a block would stay while the next one collects its own
             give_back()
@@ -138,7 +153,9 @@ def decompose(
     notes = Counter(decomposition.note for decomposition in decompositions.values() if decomposition.note)
     for note, count in notes.items():
         log.warning("%s (%d of %d groups)", note, count, len(decompositions))
-    return Decomposed(model, groups, decompositions, waiting.left, Routing.of(layout.targets, waiting.routed))
+    decomposed = Decomposed(model, groups, decompositions, waiting.left, Routing.of(layout.targets, waiting.routed))
+    decomposed.few_bits, decomposed.forms = waiting.few_bits, waiting.forms
+    return decomposed
 
 
 @dataclass
@@ -148,6 +165,9 @@ class _Waiting:
     factorizer: Factorizer
     groups: list[Group]
     spill: Path | None
+    packing: Packing | None = None
+    few_bits: dict[str, FewBits] = field(default_factory=dict)
+    forms: dict[str, tuple[Form, ...]] = field(default_factory=dict)
     decompositions: dict[str, GroupDecomposition] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     statistics: dict[str, Statistics] = field(default_factory=dict)
@@ -179,6 +199,13 @@ class _Waiting:
         else:
             decomposition = self.factorizer.decompose(group, weights, members)
         decomposition.drift = members.drift
+        if self.packing is not None and not group.of_experts:
+            weight = self.weights[group.name]
+            left, right = self.factorizer.sides(members, decomposition.details)
+            few_bits = self.few_bits[group.name] = FewBits.of(decomposition, weight, left, right)
+            self.forms[group.name] = few_bits.forms(self.packing)
+            if self.spill is not None:
+                few_bits.spill(self.spill)
         decomposition.close()
         if self.spill is not None:
             decomposition.spill(self.spill)
@@ -193,6 +220,7 @@ def _sweep(
     windows: Tensor | None,
     spill: Path | None,
     prior: float,
+    whole: bool,
     progress: Progress,
 ) -> Iterator[Mapping[str, Statistics]]:
     """Statistics of one block after another, with its weights at hand; empty ones for a factorizer without needs."""
@@ -200,9 +228,9 @@ def _sweep(
         return
     if factorizer.needs:
         assert windows is not None
-        sharing = {name for g in groups if len(g.targets) > 1 and not g.own_bases for name in g.names}
-        how: dict[str, Any] = {"whole_gram": sharing, "spill": spill, "prior": prior, "progress": progress}
-        yield from sweep(model, layout, windows, factorizer.needs, **how)
+        sharing = {name for g in groups if whole or (len(g.targets) > 1 and not g.own_bases) for name in g.names}
+        how: dict[str, Any] = {"whole_gram": sharing, "whole_gradients": whole, "spill": spill, "prior": prior}
+        yield from sweep(model, layout, windows, factorizer.needs, **how, progress=progress)
         return
     for at in walk(residence_of(model, layout), stage="decompose", progress=progress):
         yield {target.name: Statistics() for target in layout.in_block(at.index)}

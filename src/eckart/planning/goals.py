@@ -20,26 +20,37 @@ STEPS = 22  # of the bisection: a share to one part in four million
 
 @dataclass(frozen=True)
 class Goal:
-    """Exactly one of: `keep`, share of the targets' parameters; `size`, bytes; `max_kl`, nats per token.
+    """Exactly one of: `keep`, share of the targets' parameters; `size`, bytes; `max_kl`, nats per token; `bits`.
 
-    `size` is the whole model's weight files, `max_kl` the predicted KL divergence from the dense model.
+    `size` is the whole model's weight files, `max_kl` the predicted KL divergence from the dense model, `bits` what
+    one weight of the targets takes, scales and all else counted.
     """
 
     keep: float | None = None
     size: int | None = None
     max_kl: float | None = None
+    bits: float | None = None
 
     @staticmethod
-    def of(keep: float | None, size: int | str | None, max_kl: float | None) -> "Goal":
-        """Check the request; no goal at all means a share of 0.8. Raises `OptionError` for two goals."""
-        names = [n for n, v in (("keep", keep), ("size", size), ("max_kl", max_kl)) if v is not None]
+    def of(
+        keep: float | None,
+        size: int | str | None,
+        max_kl: float | None,
+        bits: float | None = None,
+        default_bits: float | None = None,
+    ) -> "Goal":
+        """Check the request; no goal at all means a share of 0.8, or `default_bits`. Raises `OptionError` for two."""
+        asked = (("keep", keep), ("size", size), ("max_kl", max_kl), ("bits", bits))
+        names = [n for n, v in asked if v is not None]
         if len(names) > 1:
             raise OptionError(f"{' and '.join(names)} were both asked for, but a plan has one goal; give one of them.")
         if max_kl is not None and not max_kl > 0:
             raise OptionError(f"max_kl is {max_kl:g}, but must be a positive number of nats per token, such as 0.05.")
+        if bits is not None and not 1 < bits <= 16:
+            raise OptionError(f"bits is {bits:g}, but must lie in (1, 16]: bits per weight, as in 3.5.")
         if not names:
-            keep = DEFAULT_KEEP
-        return Goal(keep, None if size is None else parse_size(size), max_kl)
+            keep, bits = (DEFAULT_KEEP, None) if default_bits is None else (None, default_bits)
+        return Goal(keep, None if size is None else parse_size(size), max_kl, bits)
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if value is not None}
@@ -75,12 +86,33 @@ def meet(goal: Goal, plan_for: Callable[[float], Plan], overhead: int = 0) -> Pl
     return _first(plan_for, lambda plan: plan.reached["predicted_kl"] <= most, everything)
 
 
+def meet_in_bytes(goal: Goal, plan_for: Callable[[int], Plan], dense: Plan, rest: int, overhead: int) -> Plan:
+    """The plan with few bits that meets a goal: `plan_for(bytes)` allocates bytes to the targets.
+
+    `dense` is the plan that leaves all as it is, `rest` the bytes of what is never compressed. Raises `BudgetError`
+    when no plan meets the goal.
+    """
+    weights = dense.reached["target_parameters_dense"]
+    if goal.bits is not None:
+        return plan_for(int(goal.bits * weights / 8))
+    if goal.size is not None:
+        return plan_for(goal.size - overhead - rest)
+    most = goal.max_kl
+    assert most is not None
+    per_weight = (dense.reached["model_bytes_kept"] - rest) / weights
+    return _first(
+        lambda share: plan_for(int(share * per_weight * weights)),
+        lambda plan: plan.reached["predicted_kl"] <= most,
+        dense,
+    )
+
+
 def predicted_kl(spectra: Sequence[Spectrum], entries: Sequence[Entry]) -> float | None:
     """Summed predicted loss of the entries, nats per token; None if a metric cannot say.
 
     To second order the KL divergence of the cut model from the dense one, as if each cut were alone.
     """
-    losses = [None if e.kept else s.loss(e.rank) for s, e in zip(spectra, entries, strict=True)]
+    losses = [None if e.kept else s.predicted(e) for s, e in zip(spectra, entries, strict=True)]
     known = [loss for loss in losses if loss is not None]
     return sum(known) if len(known) == len(losses) else None
 
@@ -123,8 +155,11 @@ def _try(plan_for: Callable[[float], Plan], keep: float) -> Plan | None:
         return None
 
 
-def header_bytes(tensors: Iterable[str], targets: Iterable[Target]) -> int:
-    """At least what safetensors files hold besides the tensors: one entry of JSON for each name, factors included."""
+def header_bytes(tensors: Iterable[str], targets: Iterable[Target], each: int = 3) -> int:
+    """At least what safetensors files hold besides the tensors: one entry of JSON for each name.
+
+    `each` target has as many tensors in place of its weight: factors, an index; nine where numbers are packed.
+    """
     entry = 120  # dtype, shape and offsets of a tensor, with room to spare
-    factors = sum(3 * (len(target.name) + len(".coefficients.weight") + entry) for target in targets)
+    factors = sum(each * (len(target.name) + len(".coefficients.weight") + entry) for target in targets)
     return 1000 + factors + sum(len(name) + entry for name in tensors)

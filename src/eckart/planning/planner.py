@@ -20,7 +20,7 @@ from eckart.measuring.scene import Scene, observe
 from eckart.planning.correction import Correction, corrected
 from eckart.planning.decomposed import Decomposed, decompose
 from eckart.planning.evenness import evenness
-from eckart.planning.goals import Goal, header_bytes, meet, predicted_kl
+from eckart.planning.goals import Goal, header_bytes, meet, meet_in_bytes, predicted_kl
 from eckart.planning.loaded import Loaded, Text
 from eckart.plans import Plan, resolve
 from eckart.plans.figures import summary, with_figures
@@ -29,7 +29,7 @@ from eckart.recipes import Recipe
 from eckart.support.cache import cache_folder
 from eckart.support.versions import versions
 from eckart.support.work import Key, WorkFolder
-from eckart.types import Budget, Entry, Group, Part, Spectrum
+from eckart.types import Budget, Entry, Group, Packing, Part, Spectrum
 
 log = logging.getLogger("eckart.run")
 
@@ -58,9 +58,9 @@ def make_plan(
 ) -> Planned:
     """The plan of a recipe that meets a goal; where the recipe predicts its loss, corrected by what is measured."""
     groups = recipe.groups(loaded.layout.targets)
-    if goal.keep is not None:
+    if goal.keep is not None and not recipe.widths:
         ledger.check_reachable(groups, goal.keep, rank_multiple, recipe.storage)
-    decomposed = decompose_for(loaded, text, recipe, groups, spill=spill, stages=stages)
+    decomposed = decompose_for(loaded, text, recipe, groups, spill=spill, packing=recipe.packing, stages=stages)
     return plan_from(decomposed, loaded, text, recipe, goal, rank_multiple=rank_multiple, work=work, stages=stages)
 
 
@@ -107,8 +107,9 @@ def take_plan(
     Raises `PlanError` when it does not fit, or gives a rank to a target that no token of the text reached.
     """
     groups, entries = resolve(plan, loaded.layout.targets)
-    cut = [group for group, entry in zip(groups, entries, strict=True) if entry.rank is not None]
-    decomposed = decompose_for(loaded, text, recipe, cut, spill=spill, stages=stages)
+    cut = [group for group, entry in zip(groups, entries, strict=True) if not entry.is_dense]
+    packing = Packing() if any(entry.bits is not None for entry in entries) else None
+    decomposed = decompose_for(loaded, text, recipe, cut, spill=spill, packing=packing, stages=stages)
     for name, reason in decomposed.left.items():
         raise PlanError(
             f"{name}: has a rank in the plan, but {reason}; make it dense there, or calibrate on text that reaches it."
@@ -120,7 +121,14 @@ def take_plan(
 
 
 def decompose_for(
-    loaded: Loaded, text: Text, recipe: Recipe, groups: Sequence[Group], *, spill: Path | None = None, stages: Stages
+    loaded: Loaded,
+    text: Text,
+    recipe: Recipe,
+    groups: Sequence[Group],
+    *,
+    spill: Path | None = None,
+    packing: Packing | None = None,
+    stages: Stages,
 ) -> Decomposed:
     """Decompose the groups by the recipe's factorizer, which reads the text only if it needs statistics.
 
@@ -131,7 +139,7 @@ def decompose_for(
     with stages("calibrate and decompose"):
         decomposed = decompose(
             loaded.model, loaded.layout, groups, factorizer, ids,
-            spill=spill, prior=recipe.make_experts().prior, progress=stages.progress,
+            spill=spill, prior=recipe.make_experts().prior, packing=packing, progress=stages.progress,
         )  # fmt: skip
     if decomposed.routed:
         log.log(*decomposed.routed.message(loaded.layout))
@@ -162,20 +170,40 @@ class _Task:
 
     def meet(self, allocate: "Allocate", spectra: Sequence[Spectrum]) -> Plan:
         """The plan that meets the goal, of those that an allocator makes for a share of the parameters."""
-        overhead = header_bytes(self.loaded.model.state_dict(), self.loaded.layout.targets)
+        packs = self.recipe.packing is not None
+        overhead = header_bytes(self.loaded.model.state_dict(), self.loaded.layout.targets, 9 if packs else 3)
         with self.stages("allocate"):
+            if packs:
+                return self._meet_in_bytes(allocate, spectra, overhead)
             return meet(self.goal, lambda keep: self._plan(allocate, spectra, keep), overhead)
+
+    def _meet_in_bytes(self, allocate: "Allocate", spectra: Sequence[Spectrum], overhead: int) -> Plan:
+        """The same with few bits: bytes are shared out, of the groups that can have few."""
+        each = self.loaded.stored_dtype.itemsize
+        dense = self._reached([Entry(s.group.names, None) for s in spectra], spectra)
+        rest = dense.reached["model_bytes_kept"] - each * sum(s.group.parameters for s in spectra)
+
+        def plan_for(most: int) -> Plan:
+            budget = Budget(1.0, self.rank_multiple, self.recipe.storage, bytes=most, itemsize=each)
+            plan = self._reached(allocate(spectra, budget), spectra)
+            ledger.assert_within_bytes(plan.reached["model_bytes_kept"] - rest, most)
+            return plan
+
+        return meet_in_bytes(self.goal, plan_for, dense, rest, overhead)
 
     def _plan(self, allocate: "Allocate", spectra: Sequence[Spectrum], keep: float) -> Plan:
         """The plan for a share, with what it reaches by the ledger and by the metric."""
-        entries = allocate(spectra, Budget(keep, self.rank_multiple, self.recipe.storage))
+        plan = self._reached(allocate(spectra, Budget(keep, self.rank_multiple, self.recipe.storage)), spectra)
+        if not allocate.may_exceed:
+            ledger.assert_within(self.loaded.ledger(plan), keep)
+        return plan
+
+    def _reached(self, entries: Sequence[Entry], spectra: Sequence[Spectrum]) -> Plan:
         entries = [replace(e, own_bases=s.group.own_bases) for e, s in zip(entries, spectra, strict=True)]
         entries = self.decomposed.settle([with_figures(e, s) for e, s in zip(entries, spectra, strict=True)])
         goal = {**self.goal.to_dict(), "rank_multiple": self.rank_multiple}
         plan = Plan(tuple(entries), goal, {}, self.recipe.to_dict())
         reached, predicted = self.loaded.ledger(plan), predicted_kl(spectra, entries)
-        if not allocate.may_exceed:
-            ledger.assert_within(reached, keep)
         loss = {} if predicted is None else {"predicted_kl": predicted}
         return replace(plan, reached={**reached.to_dict(), **loss})
 

@@ -10,6 +10,7 @@ from eckart.errors import BudgetError, OptionError
 from eckart.factorizers.base import Factorizer
 from eckart.model.discovery import Layout
 from eckart.model.walk import predicts_tokens
+from eckart.planning.few_bits import check_no_experts, check_single
 from eckart.planning.goals import Goal, header_bytes
 from eckart.planning.loaded import Loaded, Outline, Text, fetch
 from eckart.plans import Plan, resolve
@@ -38,11 +39,34 @@ def check_request(recipe: Recipe, goal: Goal, device: str, dtype: str) -> None:
     if device.startswith("mps"):
         raise OptionError(f"device is {device!r}, which has no float64, as sums of statistics need; use cpu or cuda.")
     check_device(device)
+    if recipe.widths:
+        _check_few_bits(recipe, goal)
     if goal.max_kl is not None and type(recipe.make_factorizer()).nats is Factorizer.nats:
         raise OptionError(
             "max_kl needs a recipe that predicts the loss, one with factorizer two_sided; "
             "choose another recipe, or ask for keep or size."
         )
+
+
+def _check_few_bits(recipe: Recipe, goal: Goal) -> None:
+    """What cannot be done in few bits yet. Raises `OptionError`."""
+    if goal.keep is not None:
+        raise OptionError(
+            f"keep is {goal.keep:g}, which is a share of numbers, but a plan in few bits is asked for in bits per "
+            "weight, bytes or a loss; give bits, size or max_kl in its place."
+        )
+    if recipe.refiners:
+        raise OptionError(
+            f"refiner {recipe.refiners[0]} trains factors, which cannot have few bits yet; "
+            "set -o refiners=none, or ask for keep in place of bits."
+        )
+    if not recipe.make_allocator().shares_bytes:
+        raise OptionError(
+            f"allocator {recipe.allocator} shares out numbers and not bits; take water_level or uniform, "
+            "or ask for keep in place of bits."
+        )
+    if recipe.make_grouping().size != 1:
+        raise OptionError("grouping.size is not 1, but what shares a basis cannot have few bits yet; set it to 1.")
 
 
 def check_outline(
@@ -71,8 +95,17 @@ def check_outline(
         )
     if plan is None and not named and goal.keep != 1:
         _check_coverage(model, layout)
+    if plan is None and recipe.widths:
+        check_no_experts(layout.targets)
     if plan is not None:
-        resolve(plan, layout.targets)
+        groups, entries = resolve(plan, layout.targets)
+        packed = [group for group, entry in zip(groups, entries, strict=True) if entry.bits is not None]
+        check_single(packed)
+        if packed and recipe.refiners:
+            raise OptionError(
+                f"{packed[0].name}: has few bits in the plan, and refiner {recipe.refiners[0]} trains factors, which "
+                "cannot have few bits yet; set -o refiners=none."
+            )
     elif goal.keep is not None:
         groups = recipe.groups(layout.targets)
         ledger.check_reachable(groups, goal.keep, rank_multiple, recipe.storage)

@@ -41,7 +41,7 @@ def with_figures(entry: Entry, spectrum: Spectrum) -> Entry:
 
     They are the energy effective rank and, where the metric knows it, the loss predicted of this choice alone.
     """
-    loss = spectrum.loss(entry.rank)
+    loss = spectrum.predicted(entry)
     figures = {"energy_effective_rank": round(energy_effective_rank(spectrum.values), 3)}
     figures |= {} if loss is None else {"predicted_loss": float(f"{loss:.6g}")}
     return replace(entry, details={**figures, **entry.details})

@@ -13,6 +13,7 @@ import msgspec
 
 from eckart import ledger, storages
 from eckart.errors import PlanError
+from eckart.storages._packed_matrix import GROUPS, WIDTHS
 from eckart.support import reading
 from eckart.support.escaping import plain
 from eckart.support.files import write_text
@@ -89,6 +90,8 @@ class _Row(msgspec.Struct, forbid_unknown_fields=True):
     kept: reading.Count | None = None
     own_bases: bool = False
     details: dict[str, Any] = {}
+    bits: reading.Count | None = None
+    group: reading.Count | None = None
 
     def __post_init__(self) -> None:
         if not self.targets:
@@ -102,10 +105,22 @@ class _Row(msgspec.Struct, forbid_unknown_fields=True):
         if self.storage not in storages.names():
             known = ", ".join(storages.names())
             raise ValueError(f"storage is {reading.shown(self.storage)}, but this eckart knows {known}")
+        if storages.find(self.storage).packs:
+            for name, found, possible in (("bits", self.bits, WIDTHS), ("group", self.group, GROUPS)):
+                if found not in possible:
+                    allowed = ", ".join(map(str, possible))
+                    raise ValueError(
+                        f"{name} is {reading.shown(found)}, but storage {self.storage!r} needs one of {allowed}"
+                    )
+        elif self.bits is not None or self.group is not None:
+            raise ValueError(f"bits and group stand beside storage {self.storage!r}, which has neither; leave them out")
 
     def entry(self) -> Entry:
         rank = None if self.rank == "dense" else self.rank
-        return Entry(tuple(self.targets), rank, self.storage, self.kept, self.details, self.own_bases)
+        return Entry(
+            tuple(self.targets), rank, self.storage, self.kept, self.details,
+            own_bases=self.own_bases, bits=self.bits, group=self.group,
+        )  # fmt: skip
 
 
 class _Plan(msgspec.Struct):
@@ -174,11 +189,17 @@ def _check_entry(group: Group, entry: Entry) -> None:
             f"{entry.name}: rank {entry.rank} in the plan, but it must lie in [1, {group.full_rank}], "
             f"the full rank of a {group.out_features} x {group.in_features} matrix."
         )
-    ledger.storage_of(group, entry.storage)  # raises for an unknown one
-    if entry.rank is None:
+    storage = ledger.storage_of(group, entry.storage)  # raises for an unknown one
+    if entry.is_dense:
         if entry.kept:
             raise PlanError(f"{entry.name}: {entry.kept} preserved columns in the plan of a dense layer; write none.")
-    elif refusal := ledger.refusal(group, entry.rank, entry.storage, entry.kept):
+    elif refusal := ledger.refusal(group, entry.rank or 0, entry.storage, entry.kept, entry.bits, entry.group):
+        if storage.packs:
+            rank = "dense" if entry.rank is None else entry.rank
+            raise PlanError(
+                f"{entry.name}: rank {rank} in the plan cannot have storage {entry.storage!r}, since it {refusal}; "
+                "write another storage or rank."
+            )
         raise PlanError(
             f"{entry.name}: rank {entry.rank} of {group.full_rank}, {entry.kept or 0} preserved columns in the plan "
             f"cannot have storage {entry.storage!r}, since it {refusal}; write another storage or rank, or dense."
@@ -193,6 +214,8 @@ def _near(name: str, targets: Mapping[str, Any]) -> str:
 def _entry_to_dict(entry: Entry) -> dict[str, Any]:
     rank = "dense" if entry.rank is None else entry.rank
     row: dict[str, Any] = {"targets": list(entry.targets), "rank": rank, "storage": entry.storage}
+    if entry.bits is not None:
+        row |= {"bits": entry.bits, "group": entry.group}
     if entry.kept is not None:
         row["kept"] = entry.kept
     if entry.own_bases:

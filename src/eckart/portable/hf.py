@@ -256,6 +256,8 @@ def specs_of(model: nn.Module) -> Specs:
     for name, module in model.named_modules():
         if is_factorized(module):
             specs[name] = module.spec()
+            if not find(specs[name]["storage"]).shares_basis:
+                continue
             owner = owners.setdefault(id(module.basis.weight), name)
             if owner != name:
                 specs[name]["basis_of"] = owner
@@ -314,7 +316,8 @@ def densify_(model: Any) -> None:
         weight_view(dense).copy_(weight)
         if old.bias is not None:
             dense.bias.copy_(old.bias)
-        swap_(model, name, dense.requires_grad_(next(old.parameters()).requires_grad).train(old.training))
+        trained = next((p.requires_grad for p in old.parameters()), False)
+        swap_(model, name, dense.requires_grad_(trained).train(old.training))
         model.all_tied_weights_keys.pop(f"{name}.basis.weight", None)
 
 

@@ -89,7 +89,8 @@ def empty_like(module: nn.Module, spec: Mapping[str, Any]) -> FactorizedLayer:
     `spec` is the layer's entry in a checkpoint's configuration: `{"storage": "pair", "rank": r}` and what else the
     storage wants. `module` is dense or itself factorised. Raises `ValueError` for an entry that cannot be.
     """
-    weight: Tensor = next(module.parameters())
+    weight: Tensor = next(module.parameters(), None)  # type: ignore[assignment]
+    weight = module.weight if weight is None else weight  # of a packed layer, which has no parameters
     # By way of meta: building on the device would draw random weights, in time and from the caller's generator.
     new = find(spec.get("storage")).empty(*shape_of(module), spec, bias=module.bias is not None, dtype=weight.dtype)
     if not weight.is_meta:

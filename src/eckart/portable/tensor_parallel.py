@@ -70,6 +70,11 @@ def _refuse(module: nn.Module, style: str) -> None:
         )
     if not is_factorized(module):
         return
+    if "bits" in module.spec():
+        raise ValueError(
+            f"{module.tensor_parallel_name}: a layer of few bits cannot be split over devices yet; "
+            "`eckart convert --storage dense` writes the model without them."
+        )
     if not module.divisible or not style.startswith(("colwise", "rowwise")):
         raise ValueError(
             f"{module.tensor_parallel_name}: a layer of storage {module.spec()['storage']!r} cannot be split by "

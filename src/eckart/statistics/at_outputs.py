@@ -105,19 +105,22 @@ def backward_block(
     at: Backward,
     needs: frozenset[Need],
     whole_gram: Collection[str] = (),
+    whole_gradients: bool = False,
     prior: float = PRIOR,
 ) -> dict[str, Statistics]:
-    """Recompute one block, collect its statistics, and move the gradients to its entrance, in place."""
+    """Recompute one block, collect its statistics, and move the gradients to its entrance, in place.
+
+    `whole_gradients` gives tall matrices their gradient Gram at the output, too, in place of the smaller one.
+    """
     result = {target.name: Statistics() for target in targets}
     at_inputs = needs - GRADIENT_NEEDS - {Need.WEIGHED_GRAM}
     of_experts = at_inputs | ({Need.SMALLER_GRAM} if Need.WEIGHED_GRAM in needs else set())  # few tokens: plainly
     whole_gram = {*whole_gram, *readers(block, targets)}
     plain = [target for target in targets if target.expert is None]
     weights = TokenWeights.of(block, plain, at) if Need.WEIGHED_GRAM in needs else None
+    pulls = bool(needs & GRADIENT_GRAM_NEEDS) and not whole_gradients
     for index in range(len(at.calls)):
-        here = recompute(
-            block, targets, at, index, at_tall_inputs=bool(needs & GRADIENT_GRAM_NEEDS), gated=weighs_by_gates(needs)
-        )
+        here = recompute(block, targets, at, index, at_tall_inputs=pulls, gated=weighs_by_gates(needs))
         windows, length = at.gradients[index].shape[:2]
         reached = set[str]()
         for use in here.uses:

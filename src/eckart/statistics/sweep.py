@@ -41,6 +41,7 @@ def sweep(
     needs: Iterable[Need],
     *,
     whole_gram: Collection[str] = (),
+    whole_gradients: bool = False,
     batch_tokens: int = BATCH_TOKENS,
     seed: int = 0,
     spill: Path | None = None,
@@ -51,10 +52,10 @@ def sweep(
 
     `windows` is `[windows, length]` token ids. Blocks come in forward order, or in backward order if a gradient
     statistic is among the needs. `seed` draws labels that are not the text's. `whole_gram` names targets that get
-    their input Gram even where their output Gram is smaller: those that will share a basis. With `spill`, a folder,
-    what enters each block waits there for the backward run. `prior` is how far statistics of experts are taken from
-    their layers' (`eckart.statistics.routed`). Raises `NumericalError` naming the module where NaN or infinity first
-    appears.
+    their input Gram even where their output Gram is smaller: those that will share a basis, or be rounded. With
+    `whole_gradients` tall matrices get the gradient Gram at their output. With `spill`, a folder, what enters each
+    block waits there for the backward run. `prior` is how far statistics of experts are taken from their layers'
+    (`eckart.statistics.routed`). Raises `NumericalError` naming the module where NaN or infinity first appears.
     """
     needs = frozenset(needs)
     check_labels(needs)
@@ -62,7 +63,8 @@ def sweep(
         if needs & GRADIENT_NEEDS:
             how: dict[str, Any] = {"batch_tokens": batch_tokens, "seed": seed, "spill": spill, "progress": progress}
             for here in backward(model, layout, windows, needs, **how):
-                yield backward_block(here.block, layout.in_block(here.index), here, needs, whole_gram, prior)
+                targets = layout.in_block(here.index)
+                yield backward_block(here.block, targets, here, needs, whole_gram, whole_gradients, prior)
             return
         residence = residence_of(model, layout)
         stream = open_stream(model, residence, split_batches(windows, batch_tokens))

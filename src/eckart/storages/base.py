@@ -19,7 +19,8 @@ from torch import Tensor, nn
 class Size:
     """What is stored: a matrix `[out_features, in_features]` of rank `rank`, of which `kept` input columns are exact.
 
-    Of `members` layers that read one basis the matrix is stacked along `out_features`.
+    Of `members` layers that read one basis the matrix is stacked along `out_features`. Where numbers are packed they
+    have `bits` bits, and `group` inputs share a scale; a matrix that is packed as it is has rank 0 here.
     """
 
     out_features: int
@@ -27,6 +28,8 @@ class Size:
     rank: int
     kept: int = 0
     members: int = 1
+    bits: int = 0
+    group: int = 0
 
     @property
     def full_rank(self) -> int:
@@ -61,7 +64,7 @@ class FactorizedLayer(nn.Module):
 
     in_features: int
     out_features: int
-    rank: int
+    rank: int  # of a matrix that is packed as it is: 0
     basis: nn.Linear
     coefficients: nn.Linear
     bias: Any
@@ -85,7 +88,9 @@ class Storage(ABC):
     `tensors` are the names of what a layer holds besides its bias, below the layer's own name. `shares_basis`: several
     layers may read one basis. `from_plain_pairs`: any pair can be stored so, which conversion needs. `reorders`: the
     layer moves its inputs or outputs into another order, which takes time. `stacks`: many layers of one shape can be
-    kept as one stack, as the experts of a layer are.
+    kept as one stack, as the experts of a layer are. `packs`: numbers have few bits, so that a matrix is stored to
+    rounding alone, nothing in it can be trained, and entries say `bits` and `group`; `low_rank`: it has two factors,
+    and entries say `rank`.
     """
 
     tensors: ClassVar[tuple[str, ...]] = ("basis.weight", "coefficients.weight")
@@ -93,6 +98,8 @@ class Storage(ABC):
     from_plain_pairs: ClassVar[bool] = True
     reorders: ClassVar[bool] = False
     stacks: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
+    low_rank: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
@@ -119,6 +126,10 @@ class Storage(ABC):
 
     def refusal(self, size: Size) -> str | None:
         """Why a matrix of this size cannot be stored so, in words that can follow "it"; None if it can."""
+        if bool(size.bits) != self.packs:
+            return "has bits" if size.bits else "has no bits"
+        if bool(size.rank) != self.low_rank:
+            return "has a rank" if size.rank else "has no rank"
         if size.members > 1 and not self.shares_basis:
             return "shares its basis"
         return "has preserved columns" if size.kept else None
@@ -136,7 +147,10 @@ class Storage(ABC):
 
     @abstractmethod
     def of_pair(self, pair: Pair) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The entry and the tensors, bias included, that store a pair. Raises `ValueError` if they cannot."""
+        """The entry and the tensors, bias included, that store a pair. Raises `ValueError` if they cannot.
+
+        A storage that packs takes `bits` and `group` as well, and rounds each number to the nearest that there is.
+        """
 
     @abstractmethod
     def to_pair(self, layer: Any) -> Pair:

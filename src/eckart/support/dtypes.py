@@ -34,6 +34,9 @@ def cast_(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast the parameters in place, tied ones once; buffers stay (a rotary table would lose its digits)."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if hasattr(module, "model_dtype"):  # of a matrix in few bits, which has no parameters
+            module.model_dtype = dtype  # type: ignore[assignment]
 
 
 def round_(model: nn.Module, dtype: torch.dtype) -> bool:

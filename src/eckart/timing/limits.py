@@ -121,12 +121,17 @@ def reasons(model: "PreTrainedModel", cost: Cost, device: str, dtype: str) -> li
         return ["No layer is factorised, so nothing can be faster."]
     multiple = tile(device, dtype)
     layers = layer_specs(specs)
-    odd = sum(spec["rank"] % multiple != 0 for spec in layers.values())
+    odd = sum(spec.get("rank", 0) % multiple != 0 for spec in layers.values())
+    packed = sum(storages.find(spec["storage"]).packs for spec in layers.values())
     gathers = sum(storages.find(spec["storage"]).reorders for spec in layers.values())
     sentences = [
         f"{len(specs)} layers run two products where the dense model runs one; with few tokens each has a cost of "
         f"its own, whatever its size."
     ]
+    if packed:
+        sentences.append(
+            f"{packed} layers have few bits, and each product first unpacks its matrix: memory is small, time is not."
+        )
     if gathers:
         sentences.append(
             f"{gathers} of them also move their inputs or outputs into order (storage pivoted or columns)."
