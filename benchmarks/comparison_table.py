@@ -22,9 +22,10 @@ Rows = dict[tuple[str, float], dict[str, Any]]
 
 
 def read_rows(path: Path) -> Rows:
-    """What has been measured, by row and share; a later line of a row replaces an earlier one."""
-    rows = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
-    return {(row["row"], row["keep"]): row for row in rows}
+    """What has been measured, by row and share, from the worst on; a later line of a row replaces an earlier one."""
+    lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+    rows = {(row["row"], row["keep"]): row for row in lines}
+    return dict(sorted(rows.items(), key=lambda item: -perplexity(item[1], CORPORA[0])))
 
 
 def perplexity(row: dict[str, Any], corpus: str) -> float:
@@ -88,7 +89,7 @@ def make_margins(rows: Rows, name: str) -> list[str]:
             mean, error = margin(rival, mine, corpus)
             side = "ahead of" if mean > 0 else "behind"
             lines.append(
-                f"{name} at {keep:.0%} on {corpus}: {side} {rival['row']} by {abs(mean):.3f} nats per token, "
+                f"- {name} at {keep:.0%} on {corpus}: {side} {rival['row']} by {abs(mean):.3f} nats per token, "
                 f"{abs(mean) / error:.0f} standard errors."
             )
     return lines
