@@ -108,7 +108,8 @@ def fit_grid(weight: Tensor, bits: int, group: int = GROUP, importance: Tensor |
     """The grid for a matrix `[rows, columns]`: ranges from 0 or below to 0 or above, shrunk where that pays.
 
     A smaller range has finer steps and cuts off the ends. Each group takes the one of `SHRINKS` that makes the error
-    of rounding to nearest, squared and weighed by `importance` `[columns]`, smallest.
+    of rounding to nearest, squared and weighed by `importance` `[columns]`, smallest. Without it ranges stay whole: by
+    the plain error they shrink, too, and SmolLM2 in 4 bits loses for it (perplexity 37.5 in place of 34.1).
     """
     return fit(weight, bits, group, importance)[0]
 
@@ -125,7 +126,7 @@ def fit(weight: Tensor, bits: int, group: int = GROUP, importance: Tensor | None
     least, most = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
     best = torch.full_like(least, torch.inf)
     scales, zeros, codes = torch.ones_like(least), torch.zeros_like(least), 2**bits - 1
-    for shrink in SHRINKS:
+    for shrink in SHRINKS if importance is not None else (1.0,):
         scale = ((most - least) * (shrink / codes)).bfloat16().double()
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         zero = (-least * shrink / scale).round().clamp(0, codes)
