@@ -51,7 +51,14 @@ class Curves:
 
 
 def observe(scene: Scene, allocator: Any) -> Mapping[str, Mapping[float, float]]:
-    """The curve of every group, at the shares `allocator.probed`.
+    """The curve of every group, at the shares `allocator.probed`, with all others at the share of the plan."""
+    return curves_of(scene, allocator, scene.keep, allocator.probed)
+
+
+def curves_of(
+    scene: Scene, allocator: Any, target: float, shares: Sequence[float]
+) -> Mapping[str, Mapping[float, float]]:
+    """The curve of every group at some shares, with all others at the share `target`.
 
     Measured on the first `allocator.windows` windows of the calibration, cut to `allocator.length` tokens.
     """
@@ -61,10 +68,10 @@ def observe(scene: Scene, allocator: Any) -> Mapping[str, Mapping[float, float]]
         scene.groups,
         scene.cut,
         scene.windows[: allocator.windows, : allocator.length],
-        scene.keep,
+        target,
         work=scene.work,
         depends=scene.depends,
-        shares=allocator.probed,
+        shares=shares,
         storage=scene.storage,
         progress=scene.progress,
     )

@@ -4,25 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from eckart.measuring.scene import Scene
-from eckart.measuring.sensitivity import measure_curves
+from eckart.measuring.sensitivity import curves_of
 
 
 def observe(scene: Scene, allocator: Any) -> Mapping[str, Mapping[float, float]]:
-    """The KL divergence from the dense model at the shares `allocator.shares` and at 1, nats per token, for each group.
-
-    Measured on the first `allocator.windows` windows of the calibration, cut to `allocator.length` tokens.
-    """
-    curves = measure_curves(
-        scene.model,
-        scene.layout,
-        scene.groups,
-        scene.cut,
-        scene.windows[: allocator.windows, : allocator.length],
-        1.0,
-        work=scene.work,
-        depends=scene.depends,
-        shares=allocator.shares,
-        storage=scene.storage,
-        progress=scene.progress,
-    )
-    return curves.losses
+    """KL from the dense model at the shares `allocator.shares` and at 1, in nats per token, for each group."""
+    return curves_of(scene, allocator, 1.0, allocator.shares)
