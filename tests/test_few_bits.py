@@ -338,6 +338,15 @@ def test_exports_and_other_storages_are_refused(mixed, tmp_path):
         store_(made.model, next(iter(hf.specs_of(made.model))), "pair")
 
 
+def test_losses_are_told_by_one_text_and_nothing_is_decomposed_twice(folder, calibration, monkeypatch):
+    def twice(*args):
+        raise AssertionError("decomposed for losses that few bits do not use")
+
+    monkeypatch.setattr("eckart.factorizers.two_sided.TwoSided._unseen", twice)
+    plan = eckart.plan(folder, bits=4.0, options=QUIET, calibration=calibration)
+    assert plan.made_by["factorizer"]["losses"] == "unseen"  # the recipe's own, for cuts without bits
+
+
 def test_a_recipe_without_bits_is_what_it_was():
     assert recipes.find("eckart").packing is None
     assert not {"forms", "widths", "group"} & recipes.find("eckart").to_dict().keys()

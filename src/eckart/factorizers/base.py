@@ -106,6 +106,10 @@ class Factorizer(ABC):
         """The plain factorizer whose cuts are measured for this one; most are plain themselves."""
         return self
 
+    def judged_by_its_own_text(self) -> "Factorizer":
+        """The same without losses from unseen text: those of few bits are told by the text that made them."""
+        return self
+
     def decompose(self, group: Group, weights: Sequence[Tensor], statistics: GroupStatistics) -> GroupDecomposition:
         """Decompose the weights `[out_i, in]` of a group, once.
 

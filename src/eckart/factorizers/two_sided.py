@@ -127,6 +127,9 @@ class TwoSided(Factorizer):
         stacked: Tensor = grams[0] if len(grams) == 1 else torch.block_diag(*grams)  # type: ignore[no-untyped-call]
         return replace(metric, left=Side(gram=stacked, damping=damping))
 
+    def judged_by_its_own_text(self) -> "TwoSided":
+        return replace(self, losses="seen")
+
     def sides(self, statistics: GroupStatistics, details: Mapping[str, Any]) -> tuple[Side, Side]:
         grams = [member.gradient_gram.matrix for member in statistics.members if member.gradient_gram is not None]
         stacked: Tensor = grams[0] if len(grams) == 1 else torch.block_diag(*grams)  # type: ignore[no-untyped-call]

@@ -68,7 +68,7 @@ class Decomposed(Mapping[str, GroupDecomposition]):
     def _with_forms(self, spectrum: Spectrum) -> Spectrum:
         """Errors of few bits are known on the text that made them alone, and so cuts beside them are told by it."""
         forms = self.forms.get(spectrum.group.name)
-        return spectrum if forms is None else replace(spectrum, unseen=None, forms=forms)
+        return spectrum if forms is None else replace(spectrum, forms=forms)
 
     @property
     def predicts(self) -> bool:
@@ -136,7 +136,8 @@ def decompose(
     reached, or no gradient where the factorizer asks for it, has no decomposition; raises `DataError` when that goes
     for all.
     """
-    waiting = _Waiting(factorizer, list(groups), spill, packing)
+    used = factorizer if packing is None else factorizer.judged_by_its_own_text()
+    waiting = _Waiting(used, list(groups), spill, packing)
     whole = packing is not None
     with opened(model, layout.targets):
         for statistics in _sweep(model, layout, groups, factorizer, windows, spill, prior, whole, progress):
